@@ -1,0 +1,180 @@
+"""The command line: verbs, their arguments and help. Each does its work in another module.
+
+Heavy modules are imported inside the verbs, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+from gruppo import __version__
+from gruppo.cli.errors import USER_ERROR, exit_code, explain
+
+app: Final = App(
+    name="gruppo",
+    version=__version__,
+    help="Post-train language models with GRPO. Start with: gruppo quickstart",
+    help_format="plaintext",
+    default_parameter=Parameter(negative="", show_default=False),
+)
+export: Final = App(name="export", help="Take a run's model or its completions out.")
+app.command(export)
+
+Settings = Annotated[
+    tuple[str, ...],
+    Parameter(name="--set", help="Change a key: section.key=value. Repeatable."),
+]
+Recipe = Annotated[str, Parameter(help="A .toml file, or a packaged recipe's name.")]
+Run = Annotated[Path, Parameter(help="The folder of a run.")]
+Step = Annotated[int | None, Parameter(help="Checkpoint of this step, not the newest.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code. Errors are explained on standard error."""
+    tokens = sys.argv[1:] if arguments is None else list(arguments)
+    if "" not in sys.path:
+        sys.path.append("")  # custom parts may lie in the current folder
+    try:
+        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        _tell(f"error: {error}\nSee: gruppo --help")
+        return USER_ERROR
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else USER_ERROR
+    except BaseException as error:  # noqa: BLE001 - this is where every error ends
+        _tell(explain(error))
+        return exit_code(error)
+    return code if isinstance(code, int) else 0
+
+
+@app.command
+def quickstart(*, set: Settings = ()) -> int:  # noqa: A002 - the flag's name
+    """Train a small model on this machine's CPU, from nothing, in minutes."""
+    return train("quickstart", set=set)
+
+
+@app.command
+def train(recipe: Recipe, *, set: Settings = (), dry_run: bool = False) -> int:  # noqa: A002
+    """Train by a recipe.
+
+    Parameters
+    ----------
+    dry_run: bool
+        Print the recipe with all its values and the batch arithmetic; train nothing.
+    """
+    from gruppo.recipe import load
+
+    checked = load(recipe, set)
+    console = Console()
+    if dry_run:
+        from gruppo.recipe.describe import describe
+        from gruppo.recipe.dump import dump
+
+        _say(console, f"{dump(checked)}\n# " + describe(checked).replace("\n", "\n# "))
+        return 0
+    from gruppo.cli.training import start
+
+    return start(checked, Path(recipe).stem, console)
+
+
+@app.command
+def resume(run: Run) -> int:
+    """Go on with an interrupted run, after its last finished step."""
+    from gruppo.cli.training import resume as go_on
+
+    return go_on(run, Console())
+
+
+@app.command(name="eval")
+def evaluate(
+    target: Annotated[str, Parameter(help="A run's folder, or a recipe (its untrained model).")],
+    *,
+    step: Step = None,
+    set: Settings = (),  # noqa: A002
+) -> int:
+    """Evaluate on the held-out problems."""
+    from gruppo.cli import models
+
+    return models.evaluate(target, set, step=step, console=Console(), report=_tell)
+
+
+@export.command
+def weights(
+    run: Run,
+    output: Annotated[Path, Parameter(help="Folder to make.")],
+    *,
+    step: Step = None,
+) -> int:
+    """Write a model folder that transformers and vLLM load; an adapter is merged in."""
+    from gruppo.cli.models import export_weights
+
+    return export_weights(run, output, step=step, report=_tell)
+
+
+@export.command
+def samples(run: Run, output: Annotated[Path, Parameter(help="File to write.")]) -> int:
+    """Write the stored completions as JSON lines."""
+    from gruppo.cli.models import export_stored_samples
+
+    return export_stored_samples(run, output, report=_tell)
+
+
+@app.command
+def chat(
+    target: Annotated[str, Parameter(help="A run's folder, or any model's name.")],
+    *,
+    prompt: Annotated[str | None, Parameter(help="Answer this once and end.")] = None,
+    set: Settings = (),  # noqa: A002
+) -> int:
+    """Talk to a model."""
+    from gruppo.cli import models
+
+    return models.chat(target, prompt, set, console=Console(), report=_tell)
+
+
+@app.command
+def models() -> int:
+    """List models that can be had from PyPI, and those in the cache."""
+    from gruppo.cli.models import list_models
+
+    return list_models(Console())
+
+
+@app.command
+def recipes(
+    name: Annotated[str | None, Parameter(help="Print this recipe.")] = None,
+    *,
+    presets: bool = False,
+    planned: bool = False,
+) -> int:
+    """List the packaged recipes, or print one.
+
+    Parameters
+    ----------
+    presets: bool
+        List the objectives that a recipe can name, with their sources.
+    planned: bool
+        List published variants that still lack a part, and which.
+    """
+    from gruppo.cli.listing import list_planned, list_presets, list_recipes, show_recipe
+
+    console = Console()
+    if presets:
+        return list_presets(console)
+    if planned:
+        return list_planned(console)
+    return list_recipes(console) if name is None else show_recipe(name, console)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,121 @@
+"""Progress of a run: a live bar on a terminal, one plain line a step anywhere else.
+
+A ``Callback`` like any other: it reads a step's groups and metrics and changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from gruppo.types import Group
+
+_RATE_WINDOW: Final = 5  # steps whose mean time the remaining time is estimated from
+
+
+class Reporter:
+    """Shows every finished step of a run of ``total`` steps. ``clock`` gives seconds."""
+
+    def __init__(
+        self, total: int, console: Console, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._total = total
+        self._console = console
+        self._clock = clock
+        self._samples = 0
+        self._times = [clock()]
+        self._bar = _bar(console) if console.is_terminal else None
+        self._task: TaskID | None = None
+
+    @contextmanager
+    def showing(self, done: int = 0) -> Iterator[None]:
+        """Show the bar (on a terminal) while the block runs; ``done`` steps were made before."""
+        self._times = [self._clock()]
+        if self._bar is None:
+            yield
+            return
+        with self._bar:
+            self._task = self._bar.add_task("step", total=self._total, completed=done, text="...")
+            yield
+
+    def __call__(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
+        """Show one finished step."""
+        self._times.append(self._clock())
+        self._samples += sum(len(group.completions) for group in groups)
+        tokens = sum(len(row.tokens) for group in groups for row in group.completions)
+        text = describe_step(
+            metrics,
+            samples=self._samples,
+            tokens_per_second=tokens / max(self._times[-1] - self._times[-2], 1e-9),
+            seconds_left=self._seconds_left(step),
+        )
+        if self._bar is None or self._task is None:
+            width = len(str(self._total))
+            self.say(f"step {step:>{width}}/{self._total}  {text}")
+        else:
+            self._bar.update(self._task, completed=step, text=text)
+
+    def say(self, text: str) -> None:
+        """Print one plain line, above the bar if there is one."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _seconds_left(self, step: int) -> float:
+        recent = self._times[-_RATE_WINDOW - 1 :]
+        mean = (recent[-1] - recent[0]) / (len(recent) - 1)
+        return mean * (self._total - step)
+
+
+def describe_step(
+    metrics: Mapping[str, float], *, samples: int, tokens_per_second: float, seconds_left: float
+) -> str:
+    """The numbers of one step worth watching, on one line.
+
+    ``signal`` is the share of groups whose rewards differ: the others teach nothing.
+
+    Example:
+        >>> describe_step(
+        ...     {"reward/total_mean": 0.5, "group/zero_std_frac": 0.25},
+        ...     samples=64, tokens_per_second=1234.4, seconds_left=95,
+        ... )
+        'reward 0.500  signal 75%  64 samples  1,234 tokens/s  1m35s left'
+    """
+    reward = metrics.get("reward/total_mean", math.nan)
+    dead = metrics.get("group/zero_std_frac", math.nan)
+    shown = [
+        f"reward {reward:.3f}",
+        "signal ?" if math.isnan(dead) else f"signal {1 - dead:.0%}",
+        f"{samples:,} samples",
+        f"{tokens_per_second:,.0f} tokens/s",
+        f"{duration(seconds_left)} left",
+    ]
+    return "  ".join(shown)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, two units at most.
+
+    Example:
+        >>> duration(7), duration(95), duration(3700)
+        ('7s', '1m35s', '1h01m')
+    """
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[text]}", markup=False),
+        console=console,
+    )

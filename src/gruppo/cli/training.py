@@ -1,0 +1,49 @@
+"""What ``train``, ``quickstart`` and ``resume`` do once the recipe is known to be sound.
+
+This module imports everything heavy; the verbs import it late.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from gruppo.cli.progress import Reporter
+from gruppo.cli.summary import summarise
+from gruppo.recipe import Recipe
+from gruppo.recipe.session import Session, read_recipe, run_path
+from gruppo.recipe.session import resume as reopen
+from gruppo.recipe.session import start as open_new
+from gruppo.record import RunDirectory
+from gruppo.train import train
+
+
+def start(recipe: Recipe, name: str, console: Console) -> int:
+    """Train by ``recipe``; ``name`` is what the run is called if the recipe does not say."""
+    reporter = Reporter(recipe.train.steps, console)
+    path = run_path(recipe, name)
+    with open_new(recipe, path, reporter.say, callbacks=(reporter,)) as session:
+        reporter.say(f"run: {path}")
+        return _run(session, reporter)
+
+
+def resume(path: Path, console: Console) -> int:
+    """Go on with the run in ``path``."""
+    with RunDirectory.open(path, lock=False) as directory:
+        steps = read_recipe(directory).train.steps
+    reporter = Reporter(steps, console)
+    with reopen(path, reporter.say, callbacks=(reporter,)) as session:
+        reporter.say(f"run: {path}, going on after step {_done(session)} of {steps}")
+        return _run(session, reporter)
+
+
+def _run(session: Session, reporter: Reporter) -> int:
+    with reporter.showing(_done(session)):
+        outcome = train(session.run, session.state)
+    reporter.say(summarise(outcome, session.directory.path))
+    return 0
+
+
+def _done(session: Session) -> int:
+    return session.state.step if session.state is not None else 0

@@ -1,0 +1,216 @@
+"""Health numbers of a step, from its groups, its tensors and its optimizer steps.
+
+Losses return per-token values and no metrics; every number that is logged is made here or in
+``update.token_metrics``. Judging the numbers (what is too high, and what to do) is not done here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gruppo.metric import Metric, reduce
+from gruppo.policy import UpdateReport
+from gruppo.types import Group, Rollout
+
+
+def step_metrics(
+    groups: Sequence[Group],
+    generated: Sequence[Group],
+    rollout: Rollout,
+    advantage: Tensor,
+    *,
+    update: Mapping[str, Metric],
+    reports: Sequence[UpdateReport],
+    version: int,
+) -> dict[str, float]:
+    """Every metric of one step whose inputs exist, by its logged name.
+
+    ``groups`` are trained on, ``generated`` were drawn for it (filters make them differ),
+    ``update`` are the per-token sums of the optimizer steps, ``version`` the policy's before them.
+    """
+    return {
+        **reward_metrics(rollout),
+        **part_metrics(groups),
+        **group_metrics(generated or groups),
+        **advantage_metrics(rollout, advantage),
+        **length_metrics(rollout),
+        **staleness_metrics(groups, version),
+        **source_metrics(groups),
+        **update_metrics(update, reports),
+    }
+
+
+def reward_metrics(rollout: Rollout) -> dict[str, float]:
+    """Means and spreads of the total; the share that could not be scored."""
+    total = rollout.total
+    scored = ~total.isnan()
+    metrics = {
+        "reward/total_mean": _mean(total[scored]),
+        "reward/task_mean": _mean(rollout.task[~rollout.task.isnan()]),
+        "reward/unscored_frac": _mean((~scored).double()),
+    }
+    within, between = _spread(total, rollout.group, len(rollout.prompts))
+    metrics["reward/total_std_within"] = within
+    metrics["reward/total_std_between"] = between
+    return metrics
+
+
+def part_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Mean, spread and share of missing values of every reward part, shaping terms included."""
+    columns: dict[str, list[float | None]] = {}
+    for group in groups:
+        for score in group.scores:
+            for name, value in score.parts.items():
+                columns.setdefault(name, []).append(value)
+    metrics: dict[str, float] = {}
+    for name, column in columns.items():
+        known = torch.tensor([v for v in column if v is not None], dtype=torch.float64)
+        metrics[f"reward/{name}_mean"] = _mean(known)
+        metrics[f"reward/{name}_std"] = float(known.std()) if len(known) > 1 else math.nan
+        metrics[f"reward/{name}_null_frac"] = 1 - len(known) / len(column)
+    return metrics
+
+
+def _spread(total: Tensor, group: Tensor, num_groups: int) -> tuple[float, float]:
+    """Mean within-group standard deviation, and the standard deviation of the group means."""
+    rows = [total[(group == g) & ~total.isnan()] for g in range(num_groups)]
+    within = [float(row.std()) for row in rows if len(row) > 1]
+    means = torch.stack([row.mean() for row in rows if len(row)]) if any(map(len, rows)) else None
+    between = float(means.std()) if means is not None and len(means) > 1 else math.nan
+    return (sum(within) / len(within) if within else math.nan), between
+
+
+def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Shares of groups without signal, solved by all, solved by none; kinds of failures."""
+    rates = [rate for group in groups if (rate := group.pass_rate) is not None]
+    best = [max((s.task for s in g.scores if s.task is not None), default=0.0) for g in groups]
+    failures = Counter(
+        f"{score.error.fault}_{score.error.kind}"
+        for group in groups
+        for score in group.scores
+        if score.error
+    )
+    rows = sum(len(group.completions) for group in groups)
+    return {
+        "group/zero_std_frac": _share(not group.is_live() for group in groups),
+        "group/solve_all_frac": _share(rate >= 1 - 1e-9 for rate in rates),
+        "group/solve_none_frac": _share(rate <= 1e-9 for rate in rates),
+        "group/unique_frac": _share(
+            first
+            for group in groups
+            for first in _first_seen([completion.tokens for completion in group.completions])
+        ),
+        "group/pass@1": sum(rates) / len(rates) if rates else math.nan,
+        "group/pass@G": sum(best) / len(best) if best else math.nan,
+        "group/generated": float(len(groups)),
+        **{f"failure/{name}_frac": count / rows for name, count in failures.items()},
+    }
+
+
+def advantage_metrics(rollout: Rollout, advantage: Tensor) -> dict[str, float]:
+    """Largest advantage, and largest |sum| of a group: 0 for centred estimators."""
+    rows = advantage if advantage.dim() == 1 else advantage.sum(dim=1)
+    sums = torch.zeros(len(rollout.prompts), dtype=rows.dtype)
+    sums.index_add_(0, rollout.group, rows)
+    trained = rollout.mask.sum()
+    signal = (rows != 0)[:, None] & rollout.mask
+    return {
+        "adv/abs_max": _largest(advantage.abs()),
+        "adv/group_sum_abs_max": _largest(sums.abs()),
+        "tokens/live_frac": float(signal.sum() / trained) if trained else math.nan,
+        "tokens/trained": float(trained),
+    }
+
+
+def length_metrics(rollout: Rollout) -> dict[str, float]:
+    """Completion lengths in tokens: all, right, wrong, those that ended by themselves."""
+    length, task = rollout.length.double(), rollout.task
+    return {
+        "len/mean": _mean(length),
+        "len/p95": float(length.quantile(0.95)) if len(length) else math.nan,
+        "len/max": _largest(length),
+        "len/mean_correct": _mean(length[task >= 1 - 1e-9]),
+        "len/mean_wrong": _mean(length[task < 1 - 1e-9]),
+        "len/terminated_mean": _mean(length[~rollout.truncated]),
+        "trunc/frac": _mean(rollout.truncated.double()),
+        "rep/frac": repetition_frac(
+            [row[:n].tolist() for row, n in zip(rollout.tokens, rollout.length, strict=True)]
+        ),
+    }
+
+
+def staleness_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """Updates between the oldest token of each completion and the weights that train on it."""
+    ages = [version - min(c.version) for g in groups for c in g.completions if c.version]
+    if not ages:
+        return {}
+    return {
+        "async/staleness_mean": sum(ages) / len(ages),
+        "async/staleness_max": float(max(ages)),
+    }
+
+
+def source_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Task reward of each data source, if there are several."""
+    by_source: dict[str, list[float]] = {}
+    for group in groups:
+        if (rate := group.pass_rate) is not None:
+            by_source.setdefault(group.problem.source, []).append(rate)
+    if len(by_source) < 2:
+        return {}
+    return {f"source/{name}/task_mean": sum(v) / len(v) for name, v in by_source.items()}
+
+
+def update_metrics(
+    update: Mapping[str, Metric], reports: Sequence[UpdateReport]
+) -> dict[str, float]:
+    """Per-token means of the optimizer steps, and what the optimizer did."""
+    metrics = reduce(update)
+    weight, square = metrics.pop("is/_weight", None), metrics.pop("is/_weight_squared", None)
+    if weight is not None and square is not None:
+        # effective sample size (Σw)² / (n Σw²), and χ² = E[w²] - 1, of the engine-to-trainer ratio
+        metrics["is/ess"] = weight**2 / square if square else math.nan
+        metrics["is/chi2"] = square - 1
+    steps = [report for report in reports if not report.skipped]
+    metrics["health/skipped_steps"] = float(len(reports) - len(steps))
+    if steps:
+        metrics["optim/grad_norm"] = sum(report.grad_norm for report in steps) / len(steps)
+        metrics["optim/update_ratio"] = sum(report.update_ratio for report in steps) / len(steps)
+        metrics["optim/lr"] = steps[-1].lr
+    return metrics
+
+
+def repetition_frac(rows: Sequence[Sequence[int]], n: int = 4, repeats: int = 4) -> float:
+    """Share of completions in which some n-gram of tokens occurs at least ``repeats`` times."""
+    return _share(
+        max(Counter(zip(*(row[i:] for i in range(n)), strict=False)).values(), default=0) >= repeats
+        for row in rows
+    )
+
+
+def _first_seen(rows: Sequence[Sequence[int]]) -> list[bool]:
+    """For each row, whether no earlier one equals it."""
+    seen: set[tuple[int, ...]] = set()
+    flags = []
+    for row in map(tuple, rows):
+        flags.append(row not in seen)
+        seen.add(row)
+    return flags
+
+
+def _share(flags: Iterable[bool]) -> float:
+    values = list(flags)
+    return sum(values) / len(values) if values else math.nan
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if values.numel() else math.nan
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else math.nan

@@ -1,0 +1,75 @@
+"""SIGINT and SIGTERM for a loop whose state must stay whole.
+
+The first signal raises ``Interrupted`` in the main thread at once, unless the loop holds it
+back because weights and bookkeeping are out of step; then it is raised on release. A second
+signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user or the system asked the run to stop. No ``except Exception`` swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        """Remember which signal came."""
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal number, as shells count."""
+        return 128 + self.signum
+
+
+@dataclass(slots=True)
+class Interrupts:
+    """Turns signals into ``Interrupted``, except while ``hold`` is in force."""
+
+    held: bool = False
+    pending: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM inside (in the main thread; elsewhere this does nothing)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[int, Callable[..., object] | int | None] = {
+            number: signal.signal(number, self._on_signal) for number in SIGNALS
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def hold(self) -> None:
+        """From here on a first signal waits for ``release``."""
+        self.held = True
+
+    def release(self) -> None:
+        """Let signals through again; raises ``Interrupted`` if one has waited."""
+        self.held = False
+        if self.pending:
+            raise Interrupted(self.pending[0])
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self.pending:
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(128 + signum)
+        self.pending.append(signum)
+        if not self.held:
+            raise Interrupted(signum)

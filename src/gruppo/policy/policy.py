@@ -1,0 +1,345 @@
+"""The trainable model with its optimizer, schedule and reference: where training state lives.
+
+A :class:`Policy` scores completions, takes gradients and moves the weights. It draws nothing
+(engines share its module), knows no loss and no reward, and writes no checkpoint files: it gives
+its state as plain tensors and numbers and takes it back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from gruppo.model import (
+    Scored,
+    base_model,
+    cast_frozen,
+    completion_logp,
+    is_adapted,
+    is_autocast,
+    merged_weights,
+    without_adapter,
+)
+from gruppo.model.parts import causal, device_of
+from gruppo.policy.optim import (
+    Optim,
+    clip_gradients,
+    gradient_norm,
+    lr_at,
+    make_adamw,
+    update_ratio,
+)
+
+ReferenceKind = Literal["none", "copy", "adapter"]
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    """What an optimizer step did.
+
+    ``grad_norm`` is the global L2 norm before clipping; ``update_ratio`` the L2 norm of the
+    change of the weights relative to theirs. ``skipped``: the gradient was not finite, so the
+    weights, moments and the policy's version are as they were.
+    """
+
+    grad_norm: float
+    lr: float
+    update_ratio: float
+    skipped: bool
+
+
+class Policy:
+    """The policy that is trained.
+
+    ``version`` counts optimizer updates made. ``model`` is in evaluation mode except between
+    :meth:`logp` and :meth:`step`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optim: Optim,
+        total_updates: int,
+        compute_dtype: torch.dtype = torch.float32,
+        reference: ReferenceKind = "none",
+        temperature: float = 1.0,
+    ) -> None:
+        """Take a model as :func:`gruppo.model.load` or :func:`gruppo.model.attach` gives it.
+
+        Args:
+            model: Its trainable parameters should be float32.
+            optim: Optimizer settings.
+            total_updates: Length of the learning-rate schedule.
+            compute_dtype: bfloat16 computes under autocast; float32 and float64 as they are.
+            reference: "copy" keeps a frozen copy of the model as it is now; "adapter" takes the
+                model with its adapter off (no memory); "none" has no :meth:`ref_logp`.
+            temperature: The sampling temperature, for all log-probabilities.
+
+        Raises:
+            ValueError: a setting is bad, or "adapter" is asked for a model without one.
+        """
+        if reference not in ("none", "copy", "adapter"):
+            raise ValueError(f"reference = {reference!r} must be one of 'none', 'copy', 'adapter'")
+        if reference == "adapter" and not is_adapted(model):
+            raise ValueError("reference = 'adapter' needs a LoRA adapter; use reference = 'copy'")
+        self.model = model
+        self.optim = optim
+        self.total_updates = total_updates
+        self.compute_dtype = compute_dtype
+        self.temperature = temperature
+        self.version = 0
+        self.reference_updates = 0
+        self._autocast = is_autocast(compute_dtype)
+        self._adamw = make_adamw(model, optim)
+        self._kind = reference
+        self._copy = self._frozen_copy() if reference == "copy" else None
+        model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's embeddings are, and so its inputs and log-probabilities."""
+        return device_of(self.model)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether :meth:`ref_logp` can be called."""
+        return self._kind != "none"
+
+    def logp(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: Int[Tensor, "B T"],
+        length: Int[Tensor, "B"],
+        *,
+        entropy: bool = False,
+    ) -> Scored:
+        """Log-probabilities under the current weights, with a gradient."""
+        self.model.train()  # gradient checkpointing and adapter dropout ask for this mode
+        return self._score(self.model, prompts, tokens, length, entropy=entropy)
+
+    @torch.no_grad()
+    def old_logp(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: Int[Tensor, "B T"],
+        length: Int[Tensor, "B"],
+        *,
+        entropy: bool = False,
+    ) -> Scored:
+        """Log-probabilities under the current weights, without a gradient."""
+        with _evaluating(self.model):
+            return self._score(self.model, prompts, tokens, length, entropy=entropy)
+
+    @torch.no_grad()
+    def ref_logp(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: Int[Tensor, "B T"],
+        length: Int[Tensor, "B"],
+        *,
+        entropy: bool = False,
+    ) -> Scored:
+        """Log-probabilities under the reference, at the same temperature.
+
+        Raises:
+            ValueError: the policy was made without a reference.
+        """
+        if not self.has_reference:
+            raise ValueError("this policy has no reference: make it with reference = 'copy'")
+        model = self.model if self._copy is None else self._copy
+        switch = without_adapter(model) if self._copy is None else nullcontext()
+        with _evaluating(model), switch:
+            return self._score(model, prompts, tokens, length, entropy=entropy)
+
+    def backward(self, loss: Float[Tensor, ""]) -> None:
+        """Add the gradient of ``loss`` to what was added since the last step."""
+        loss.backward()
+
+    def step(self) -> UpdateReport:
+        """Clip the summed gradient, move the weights, clear the gradient.
+
+        A gradient that is not finite moves nothing and is dropped.
+        """
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        norm = gradient_norm(trainable)
+        lr = lr_at(self.optim, self.version + 1, self.total_updates)
+        skipped = not bool(torch.isfinite(norm))
+        ratio = 0.0
+        if not skipped:
+            if self.optim.grad_clip is not None:
+                clip_gradients(trainable, norm, self.optim.grad_clip)
+            for group in self._adamw.param_groups:
+                group["lr"] = lr
+            self._adamw.step()
+            ratio = update_ratio(self._adamw)
+            self.version += 1
+        self._adamw.zero_grad(set_to_none=True)
+        self.model.eval()
+        return UpdateReport(grad_norm=float(norm), lr=lr, update_ratio=ratio, skipped=skipped)
+
+    def discard_gradient(self) -> None:
+        """Drop what :meth:`backward` added since the last step (a step that is abandoned)."""
+        self._adamw.zero_grad(set_to_none=True)
+        self.model.eval()
+
+    @torch.no_grad()
+    def sync_reference(self, mixup: float = 1.0) -> None:
+        """Move the reference to ``mixup * policy + (1 - mixup) * reference``.
+
+        1 is a hard copy (DeepSeek-R1, arXiv:2501.12948); smaller is TR-DPO's soft update
+        (arXiv:2404.09656, eq. 3).
+
+        Raises:
+            ValueError: ``mixup`` is not in (0, 1], or the reference is not a copy.
+        """
+        if not 0 < mixup <= 1:
+            raise ValueError(f"mixup = {mixup} must lie in (0, 1]; 1 copies the policy")
+        if self._copy is None:
+            raise ValueError(f"reference = {self._kind!r} cannot be moved; use reference = 'copy'")
+        pairs = zip(self._copy.parameters(), self.model.parameters(), strict=True)
+        for held, live in pairs:
+            # a bfloat16 reference would lose small moves if they were summed in bfloat16
+            wide = torch.promote_types(held.dtype, live.dtype)
+            held.copy_(torch.lerp(held.to(wide), live.to(wide), mixup))
+        self.reference_updates += 1
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Training state: tensors by name (views of the live ones), and plain numbers.
+
+        Trainable weights, optimizer moments, and the reference once it was moved. Frozen weights
+        are not in it: :meth:`restore` goes into a policy made from the same initial model.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, p in self._trainable():
+            tensors[f"model.{name}"] = p.detach()
+            for moment in _MOMENTS:
+                if p in self._adamw.state:
+                    tensors[f"optim.{moment}.{name}"] = self._adamw.state[p][moment]
+        if self._copy is not None and self.reference_updates:
+            for name, p in self._copy.named_parameters():
+                tensors[f"reference.{name}"] = p.detach()
+        scalars = {"version": self.version, "reference_updates": self.reference_updates}
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}, scalars
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, int]) -> None:
+        """Take back what :meth:`state` gave; training then goes on bit for bit.
+
+        Raises:
+            ValueError: names or shapes are not those of this policy; nothing was changed.
+        """
+        wanted = self._expected(tensors, int(scalars["reference_updates"]))
+        for name, target in wanted.items():
+            if tensors[name].shape != target.shape:
+                raise ValueError(
+                    f"checkpoint tensor {name} has shape {tuple(tensors[name].shape)}, this "
+                    f"model needs {tuple(target.shape)}"
+                )
+        self._adamw.state.clear()
+        for name, p in self._trainable():
+            p.copy_(tensors[f"model.{name}"])
+            if f"optim.step.{name}" in tensors:
+                self._adamw.state[p] = {
+                    moment: self._moment(p, moment, tensors[f"optim.{moment}.{name}"])
+                    for moment in _MOMENTS
+                }
+        for name, target in wanted.items():
+            if name.startswith("reference."):
+                target.copy_(tensors[name])
+        self.discard_gradient()
+        self.version = int(scalars["version"])
+        self.reference_updates = int(scalars["reference_updates"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """Weights under their Hugging Face names, a LoRA adapter merged in."""
+        return merged_weights(self.model)
+
+    def save_pretrained(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, *, adapter_only: bool = False
+    ) -> None:
+        """Write a folder that plain transformers (or PEFT, if ``adapter_only``) loads.
+
+        Safetensors weights with the adapter merged in, configuration, generation configuration
+        and tokenizer.
+
+        Raises:
+            ValueError: ``adapter_only`` for a model without an adapter.
+        """
+        if adapter_only and not is_adapted(self.model):
+            raise ValueError("adapter_only: this model has no adapter; save it whole")
+        if adapter_only:
+            # "auto" would ask the hub whether the base model's vocabulary was changed
+            cast(Any, self.model).save_pretrained(folder, save_embedding_layers=False)
+        else:
+            base = causal(base_model(self.model))
+            base.save_pretrained(folder, state_dict=self.weights())
+        tokenizer.save_pretrained(folder)
+
+    def _score(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        tokens: Tensor,
+        length: Tensor,
+        *,
+        entropy: bool,
+    ) -> Scored:
+        kind = self.device.type
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=self._autocast):
+            return completion_logp(
+                model, prompts, tokens, length, temperature=self.temperature, entropy=entropy
+            )
+
+    def _frozen_copy(self) -> nn.Module:
+        frozen = copy.deepcopy(self.model).requires_grad_(False).eval()
+        if self._autocast:
+            cast_frozen(frozen, self.compute_dtype)
+        return frozen
+
+    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def _moment(self, p: Tensor, moment: str, saved: Tensor) -> Tensor:
+        # the fused kernels want the step counter on the device, in float32
+        dtype = torch.float32 if moment == "step" else p.dtype
+        return saved.to(device=p.device, dtype=dtype, copy=True)
+
+    def _expected(self, tensors: Mapping[str, Tensor], reference_updates: int) -> dict[str, Tensor]:
+        """The live tensors that a checkpoint must hold, by its names; refuses other sets."""
+        expected: dict[str, Tensor] = {}
+        for name, p in self._trainable():
+            expected[f"model.{name}"] = p
+            if f"optim.step.{name}" in tensors:
+                shapes = {"exp_avg": p, "exp_avg_sq": p, "step": p.new_zeros(())}
+                expected |= {f"optim.{key}.{name}": shapes[key] for key in _MOMENTS}
+        if self._copy is not None and reference_updates:
+            expected |= {f"reference.{name}": p for name, p in self._copy.named_parameters()}
+        wrong = sorted(expected.keys() ^ tensors.keys())
+        if wrong:
+            raise ValueError(
+                f"the checkpoint does not fit this model, adapter or reference: {len(wrong)} "
+                f"tensors missing or unknown, {', '.join(wrong[:3])} among them"
+            )
+        return expected
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the mode of before afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

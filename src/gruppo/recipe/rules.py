@@ -1,0 +1,114 @@
+"""Rules between sections: settings that are fine alone and senseless together.
+
+Each rule names the sections it reads and runs when those are sound, so that a mistake elsewhere
+does not hide it. What concerns one section stands in its record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from gruppo.recipe.mistakes import Mistake, mistake
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A check over the sections it names, in that order; it yields mistakes."""
+
+    sections: tuple[str, ...]
+    check: Callable[..., Iterator[Mistake]]
+
+
+def find_conflicts(sections: Mapping[str, Any]) -> list[Mistake]:
+    """Problems of all rules whose sections are there."""
+    return [
+        found
+        for rule in RULES
+        if all(name in sections for name in rule.sections)
+        for found in rule.check(*(sections[name] for name in rule.sections))
+    ]
+
+
+def _group_size(rollout: Any, objective: Any) -> Iterator[Mistake]:
+    """An estimator that compares a group's completions needs some to compare."""
+    credit = objective.build(max_tokens=rollout.max_tokens).credit
+    if rollout.group_size < credit.min_group:
+        yield mistake(
+            "rollout.group_size",
+            f"is too small: objective.credit compares the completions of a prompt and needs at "
+            f"least {credit.min_group}",
+            rollout.group_size,
+        )
+
+
+def _minibatches(rollout: Any, train: Any) -> Iterator[Mistake]:
+    """A mini-batch holds whole groups, and has at least one."""
+    if train.minibatches > rollout.prompts_per_step:
+        yield mistake(
+            "train.minibatches",
+            f"must be at most rollout.prompts_per_step ({rollout.prompts_per_step}): a "
+            "mini-batch holds whole groups",
+            train.minibatches,
+        )
+
+
+def _budgets(reward: Any, rollout: Any) -> Iterator[Mistake]:
+    """Length terms must fit the rollout's budget."""
+    try:
+        reward.build(max_tokens=rollout.max_tokens)
+    except ValueError as error:
+        yield mistake("reward.parts", str(error))
+
+
+def _reference(train: Any, objective: Any) -> Iterator[Mistake]:
+    """A reference that nobody reads need not be moved."""
+    needed = objective.build(max_tokens=1).needs_reference
+    if train.reference_sync_steps and not needed:
+        yield mistake(
+            "train.reference_sync_steps",
+            "has no effect: the objective has no KL term; add objective.kl or leave it out",
+            train.reference_sync_steps,
+        )
+
+
+def _patience(evaluation: Any, data: Any) -> Iterator[Mistake]:
+    """Stopping on held-out results needs held-out problems."""
+    if evaluation.patience and not (data.held_out or data.test):
+        yield mistake(
+            "eval.patience",
+            "needs problems to evaluate on: set data.held_out or data.test",
+            evaluation.patience,
+        )
+    if evaluation.patience and not evaluation.every:
+        yield mistake(
+            "eval.patience",
+            "needs evaluations during training: set eval.every",
+            evaluation.patience,
+        )
+
+
+def _sampling(rollout: Any, evaluation: Any) -> Iterator[Mistake]:
+    """Ranges that every sampler shares."""
+    for section, settings in (("rollout", rollout), ("eval", evaluation)):
+        if not 0 < settings.top_p <= 1:
+            yield mistake(f"{section}.top_p", "must be above 0 and at most 1", settings.top_p)
+    if rollout.top_k < 0:
+        yield mistake("rollout.top_k", "must be 0 (off) or more", rollout.top_k)
+    if not 0 <= rollout.min_p < 1:
+        yield mistake("rollout.min_p", "must be at least 0 (off) and below 1", rollout.min_p)
+    if "" in rollout.stop:
+        yield mistake("rollout.stop", "holds an empty string, which ends every completion")
+    if evaluation.every < 0 or evaluation.problems < 0 or evaluation.max_tokens < 0:
+        yield mistake("eval", "every, problems and max_tokens must not be negative")
+
+
+RULES: Final = (
+    Rule(("rollout", "objective"), _group_size),
+    Rule(("rollout", "train"), _minibatches),
+    Rule(("reward", "rollout"), _budgets),
+    Rule(("train", "objective"), _reference),
+    Rule(("eval", "data"), _patience),
+    Rule(("rollout", "eval"), _sampling),
+)

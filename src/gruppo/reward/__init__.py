@@ -1,0 +1,78 @@
+"""Rewards: parts that grade completions, and the boundary that makes one Score of them.
+
+``KINDS`` holds the records that a recipe can name by their ``kind``; ``SHAPE_KINDS`` are those
+that are shaping terms (``Part.shape``) unless told otherwise.
+"""
+
+from gruppo.reward.adapters import Function, InProcess
+from gruppo.reward.answer import Exact, Number, Regex
+from gruppo.reward.base import (
+    BatchReward,
+    Part,
+    RewardSet,
+    Shaping,
+    count_failures,
+    is_live,
+    refused,
+    ungraded,
+)
+from gruppo.reward.language import LanguageConsistency
+from gruppo.reward.layout import Format, OpenR1Format, ReasoningSteps, TagCount
+from gruppo.reward.math_answer import Math
+from gruppo.reward.shape import (
+    CosineLength,
+    KimiLength,
+    LinearLength,
+    Repetition,
+    SoftOverlong,
+)
+
+KINDS: dict[str, type] = {
+    "cosine_length": CosineLength,
+    "exact": Exact,
+    "format": Format,
+    "function": Function,
+    "kimi_length": KimiLength,
+    "language": LanguageConsistency,
+    "linear_length": LinearLength,
+    "math": Math,
+    "number": Number,
+    "open_r1_format": OpenR1Format,
+    "reasoning_steps": ReasoningSteps,
+    "regex": Regex,
+    "repetition": Repetition,
+    "soft_overlong": SoftOverlong,
+    "tag_count": TagCount,
+}
+SHAPE_KINDS = frozenset(
+    {"cosine_length", "kimi_length", "linear_length", "repetition", "soft_overlong"}
+)
+
+__all__ = [
+    "KINDS",
+    "SHAPE_KINDS",
+    "BatchReward",
+    "CosineLength",
+    "Exact",
+    "Format",
+    "Function",
+    "InProcess",
+    "KimiLength",
+    "LanguageConsistency",
+    "LinearLength",
+    "Math",
+    "Number",
+    "OpenR1Format",
+    "Part",
+    "ReasoningSteps",
+    "Regex",
+    "Repetition",
+    "RewardSet",
+    "Shaping",
+    "SoftOverlong",
+    "TagCount",
+    "count_failures",
+    "is_live",
+    "refused",
+    "ungraded",
+]

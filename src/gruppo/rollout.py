@@ -1,0 +1,347 @@
+"""Rollouts: draw problems, sample a group for each, score it, keep what can teach.
+
+``Rollouts.collect`` makes one synchronous rollout batch; ``tensorise`` turns its groups into the
+tensors that advantages and losses read. Nothing here knows a loss, and nothing is re-tokenised.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from gruppo.data.stream import ProblemStream
+from gruppo.errors import ServiceError
+from gruppo.reward.base import RewardSet
+from gruppo.types import (
+    Completion,
+    Encode,
+    Engine,
+    Failure,
+    Group,
+    Message,
+    Problem,
+    Request,
+    Rollout,
+    Sampling,
+    Score,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSettings:
+    """What one rollout batch is made of.
+
+    ``filter`` says what happens to dead groups (all task rewards equal, so no signal): "keep"
+    trains on them anyway; "skip" leaves them out of the forward and backward passes but in the
+    normalisers, so the gradient is that of "keep"; "drop" takes them out of the batch; "resample"
+    draws further problems until ``prompts_per_step`` live groups are there (DAPO,
+    arXiv:2503.14476, §3.2), at most ``max_gen_batches`` times, then ``on_limit``.
+    ``oversample`` draws that many times the missing number at once; a surplus is kept for the
+    next step. ``truncation`` is what becomes of completions cut by ``max_tokens``: "none" trains
+    them as scored, "mask_after" lets them shape the baseline but trains none of their tokens,
+    "exclude_before" treats them as unscored, "zero_reward" sets their reward to 0, "penalty"
+    replaces it by ``truncation_penalty`` (if negative) or multiplies it by it (if not).
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    prompts_per_step: int = 64
+    group_size: int = 8
+    max_tokens: int = 2048
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    allow_truncated_sampling: bool = False
+    filter: Literal["keep", "skip", "drop", "resample"] = "skip"
+    filter_metric: Literal["task", "total"] = "task"
+    max_gen_batches: int = 10
+    oversample: float = 1.0
+    on_limit: Literal["use_partial", "error"] = "use_partial"
+    truncation: Literal["none", "mask_after", "exclude_before", "zero_reward", "penalty"] = "none"
+    truncation_penalty: float = -0.5
+
+    def __post_init__(self) -> None:
+        counts = {
+            "prompts_per_step": self.prompts_per_step,
+            "group_size": self.group_size,
+            "max_tokens": self.max_tokens,
+            "max_gen_batches": self.max_gen_batches,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} = {count}: must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature = {self.temperature}: training needs samples that differ; use 1.0"
+            )
+        if self.oversample < 1:
+            raise ValueError(f"oversample = {self.oversample}: must be at least 1.0")
+        filtered = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        if filtered and not self.allow_truncated_sampling:
+            raise ValueError(
+                f"top_p = {self.top_p}, top_k = {self.top_k}, min_p = {self.min_p}: a filtered "
+                "sampler draws from another distribution than the one that is trained; turn the "
+                "filters off or set allow_truncated_sampling = true"
+            )
+
+    def sampling(self, stop_tokens: tuple[int, ...]) -> Sampling:
+        """Return the engine's settings, with the tokenizer's end tokens."""
+        return Sampling(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            stop_tokens=stop_tokens,
+            stop=self.stop,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """One rollout batch: the ``groups`` to train on and all that were ``generated`` for it."""
+
+    groups: tuple[Group, ...]
+    generated: tuple[Group, ...]
+    gen_batches: int
+    seconds_sampling: float
+    seconds_scoring: float
+
+    def stale(self, version: int) -> list[bool]:
+        """For every row to train on: was any of it drawn by weights older than ``version``?"""
+        rows = [completion for group in self.groups for completion in group.completions]
+        return [min(row.version, default=version) < version for row in rows]
+
+
+@dataclass(slots=True)
+class Rollouts:
+    """Makes rollout batches, one after another.
+
+    It holds what must survive a restart: the problem stream's position and the ``surplus`` of
+    live groups that an earlier step did not need.
+    """
+
+    engine: Engine
+    encoder: Encode
+    reward: RewardSet
+    stream: ProblemStream
+    settings: RolloutSettings
+    seed: int
+    greedy_baseline: bool = False
+    surplus: tuple[Group, ...] = ()
+
+    def collect(self) -> Collected:
+        """Sample and score until the batch is complete. Raises ServiceError at the limit."""
+        settings, accepted = self.settings, list(self.surplus)
+        generated: list[Group] = []
+        clock = _Clock()
+        tries = 0
+        while len(accepted) < settings.prompts_per_step and tries < self._most_tries():
+            missing = settings.prompts_per_step - len(accepted)
+            groups = self._generate(math.ceil(missing * settings.oversample), clock)
+            generated += groups
+            accepted += [group for group in groups if self._wanted(group)]
+            tries += 1
+        if len(accepted) < settings.prompts_per_step and settings.filter == "resample":
+            self._at_limit(len(accepted), tries)
+        self.surplus = tuple(accepted[settings.prompts_per_step :])
+        return Collected(
+            groups=tuple(accepted[: settings.prompts_per_step]),
+            generated=tuple(generated),
+            gen_batches=tries,
+            seconds_sampling=clock.sampling,
+            seconds_scoring=clock.scoring,
+        )
+
+    def state(self) -> dict[str, object]:
+        """Return the stream's position and the surplus, ready for JSON."""
+        return {
+            "stream": self.stream.state(),
+            "surplus": [encode_group(group) for group in self.surplus],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was taken."""
+        self.stream.restore(state["stream"])
+        self.surplus = tuple(decode_group(group) for group in state["surplus"])
+
+    def _most_tries(self) -> int:
+        return self.settings.max_gen_batches if self.settings.filter == "resample" else 1
+
+    def _wanted(self, group: Group) -> bool:
+        if self.settings.filter in ("keep", "skip"):
+            return True
+        return group.is_live(self.settings.filter_metric)
+
+    def _at_limit(self, found: int, tries: int) -> None:
+        if self.settings.on_limit == "error":
+            raise ServiceError(
+                f"only {found} of {self.settings.prompts_per_step} groups had differing rewards "
+                f"after {tries} batches; use easier or harder problems, a larger group_size, or "
+                'on_limit = "use_partial"'
+            )
+
+    def _generate(self, count: int, clock: _Clock) -> list[Group]:
+        first = self.stream.drawn
+        problems = self.stream.draw(count)
+        prompts = [self.encoder.encode(problem.prompt) for problem in problems]
+        sampling = self.settings.sampling(self.encoder.stop_tokens)
+        requests = [
+            Request(
+                tokens=tokens,
+                num_samples=self.settings.group_size,
+                key=(self.seed, first + offset),
+            )
+            for offset, tokens in enumerate(prompts)
+        ]
+        started = time.perf_counter()
+        samples = self.engine.generate(requests, sampling)
+        greedy = self._greedy(requests, sampling) if self.greedy_baseline else None
+        clock.sampling += time.perf_counter() - started
+        started = time.perf_counter()
+        scores = self.reward.score_groups(list(zip(problems, samples, strict=True)))
+        baselines = self._baselines(problems, greedy)
+        clock.scoring += time.perf_counter() - started
+        groups = [
+            Group(problem=problem, prompt_tokens=tokens, completions=rows, scores=marks, baseline=b)
+            for problem, tokens, rows, marks, b in zip(
+                problems, prompts, samples, scores, baselines, strict=True
+            )
+        ]
+        for group in groups:
+            if group.pass_rate is not None:
+                self.stream.record(group.problem, min(max(group.pass_rate, 0.0), 1.0))
+        return groups
+
+    def _greedy(self, requests: list[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
+        single = [replace(request, num_samples=1) for request in requests]
+        return self.engine.generate(single, replace(sampling, temperature=0.0))
+
+    def _baselines(
+        self, problems: list[Problem], greedy: list[tuple[Completion, ...]] | None
+    ) -> list[float | None]:
+        if greedy is None:
+            return [None] * len(problems)
+        scores = self.reward.score_groups(list(zip(problems, greedy, strict=True)))
+        return [marks[0].total for marks in scores]
+
+
+@dataclass(slots=True)
+class _Clock:
+    sampling: float = 0.0
+    scoring: float = 0.0
+
+
+def encode_group(group: Group) -> dict[str, Any]:
+    """Return a group as plain data for JSON (NaN log-probabilities become None)."""
+    plain = asdict(group)
+    for completion in plain["completions"]:
+        completion["logp"] = [None if math.isnan(x) else x for x in completion["logp"]]
+    return plain
+
+
+def decode_group(plain: Mapping[str, Any]) -> Group:
+    """Return the group that ``encode_group`` wrote."""
+    problem = plain["problem"]
+    return Group(
+        problem=Problem(
+            **{**problem, "prompt": tuple(Message(**turn) for turn in problem["prompt"])}
+        ),
+        prompt_tokens=tuple(plain["prompt_tokens"]),
+        completions=tuple(
+            Completion(
+                tokens=tuple(item["tokens"]),
+                logp=tuple(math.nan if x is None else x for x in item["logp"]),
+                mask=tuple(item["mask"]),
+                version=tuple(item["version"]),
+                text=item["text"],
+                finish=item["finish"],
+            )
+            for item in plain["completions"]
+        ),
+        scores=tuple(
+            Score(
+                total=item["total"],
+                task=item["task"],
+                parts=item["parts"],
+                steps=tuple((end, value) for end, value in item["steps"]),
+                error=Failure(**item["error"]) if item["error"] else None,
+            )
+            for item in plain["scores"]
+        ),
+        baseline=plain["baseline"],
+    )
+
+
+def tensorise(groups: Sequence[Group], reward: RewardSet, settings: RolloutSettings) -> Rollout:
+    """Lay the groups out as one batch of rows, in group order, padded on the right.
+
+    The truncation policy is applied here: to the mask ("mask_after"), else to the totals.
+    """
+    rows = [pair for g in groups for pair in zip(g.completions, g.scores, strict=True)]
+    width = max((len(completion.tokens) for completion, _ in rows), default=0)
+    length = torch.tensor([len(completion.tokens) for completion, _ in rows], dtype=torch.long)
+    truncated = torch.tensor([completion.truncated for completion, _ in rows], dtype=torch.bool)
+    mask = _padded([c.mask for c, _ in rows], width, False, torch.bool)
+    if settings.truncation == "mask_after":
+        mask = mask & ~truncated[:, None]
+    totals = [_total(score, completion, settings) for completion, score in rows]
+    names = reward.part_names
+    baseline = [math.nan if group.baseline is None else group.baseline for group in groups]
+    has_baseline = any(group.baseline is not None for group in groups)
+    return Rollout(
+        prompts=tuple(group.prompt_tokens for group in groups),
+        tokens=_padded([c.tokens for c, _ in rows], width, 0, torch.long),
+        mask=mask,
+        engine_logp=_padded([c.logp for c, _ in rows], width, 0.0, torch.float32),
+        group=torch.tensor(
+            [p for p, group in enumerate(groups) for _ in group.completions], dtype=torch.long
+        ),
+        total=_floats(totals),
+        task=_floats([score.task for _, score in rows]),
+        parts=torch.stack(
+            [_floats([score.parts.get(name) for _, score in rows]) for name in names], dim=1
+        ),
+        part_names=names,
+        part_weights=torch.tensor(reward.part_weights, dtype=torch.float64),
+        length=length,
+        truncated=truncated,
+        steps=tuple(score.steps for _, score in rows),
+        baseline=torch.tensor(baseline, dtype=torch.float64) if has_baseline else None,
+    )
+
+
+def _total(score: Score, completion: Completion, settings: RolloutSettings) -> float | None:
+    if score.total is None or not completion.truncated:
+        return score.total
+    match settings.truncation:
+        case "none" | "mask_after":
+            return score.total
+        case "exclude_before":
+            return None
+        case "zero_reward":
+            return 0.0
+        case "penalty":
+            penalty = settings.truncation_penalty
+            return penalty if penalty < 0 else score.total * penalty
+
+
+def _floats(values: Sequence[float | None]) -> torch.Tensor:
+    """Float64 tensor with NaN for None."""
+    return torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
+
+
+def _padded(
+    rows: Sequence[Sequence[float]], width: int, fill: float, dtype: torch.dtype
+) -> torch.Tensor:
+    batch = torch.full((len(rows), width), fill, dtype=dtype)
+    for index, row in enumerate(rows):
+        batch[index, : len(row)] = torch.tensor(row, dtype=dtype)
+    return batch

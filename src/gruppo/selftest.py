@@ -1,0 +1,219 @@
+"""Start-up self-test: seconds before step 1 that find what would otherwise spoil the whole run.
+
+It draws a few short completions with the run's own engine and policy and checks that they agree
+about the tokens, their probabilities, the end token and the weights' version, and that the
+gradient does not depend on how rows are split. It moves no weight and no random state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gruppo.errors import NumericError
+from gruppo.objective import Coefficients, Grpo, Objective, PpoClip, TokenMean
+from gruppo.policy import Policy
+from gruppo.rollout import Rollouts, tensorise
+from gruppo.types import Completion, Evidence, Group, Request, Rollout, Score
+from gruppo.update import OptimizerStep, Targets, UpdateSettings
+
+TEST_KEY = -2
+"""First component of the test's sampling keys; training's is the run's seed, not negative."""
+
+MAX_TOKENS = 12
+GROUP_SIZE = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """Largest differences that rounding explains.
+
+    float32: kernels sum in different orders. bfloat16 has 8 bits of mantissa: single tokens
+    differ by a few per cent between a cached and an uncached forward pass.
+    """
+
+    mean_logp: float
+    gradient: float
+
+    @staticmethod
+    def of(dtype: torch.dtype) -> Tolerance:
+        """Return the tolerance for computing in ``dtype``."""
+        if dtype in (torch.bfloat16, torch.float16):
+            return Tolerance(mean_logp=0.1, gradient=0.05)
+        return Tolerance(mean_logp=1e-3, gradient=1e-3)
+
+
+def self_test(policy: Policy, rollouts: Rollouts) -> dict[str, float]:
+    """Check the run's parts against each other; return the measured differences.
+
+    Raises:
+        NumericError: something does not agree; the text says what and where to look.
+    """
+    tolerance = Tolerance.of(policy.compute_dtype)
+    groups = _draw(rollouts)
+    check_formulas()
+    check_tokens(groups, rollouts, policy.version)
+    settings = replace(rollouts.settings, truncation="none")
+    rollout = tensorise(groups, rollouts.reward, settings)
+    if int(rollout.mask.sum()) == 0:
+        return {}
+    mismatch = check_probabilities(policy, rollout, tolerance)
+    split = check_split(policy, rollout, tolerance)
+    return {"selftest/mismatch": mismatch, "selftest/split": split}
+
+
+def _draw(rollouts: Rollouts) -> list[Group]:
+    """Two prompts with two short completions each, scored +1 and -1 so that both have a signal."""
+    before = rollouts.state()
+    problems = rollouts.stream.draw(2)
+    rollouts.restore(before)
+    prompts = [rollouts.encoder.encode(problem.prompt) for problem in problems]
+    sampling = rollouts.settings.sampling(rollouts.encoder.stop_tokens)
+    requests = [
+        Request(tokens=tokens, num_samples=GROUP_SIZE, key=(TEST_KEY, index))
+        for index, tokens in enumerate(prompts)
+    ]
+    limit = min(MAX_TOKENS, sampling.max_tokens)
+    drawn = rollouts.engine.generate(requests, replace(sampling, max_tokens=limit))
+    signs = (1.0, -1.0)
+    return [
+        Group(
+            problem=problem,
+            prompt_tokens=tokens,
+            completions=rows,
+            scores=tuple(Score(total=sign, task=sign) for sign in signs),
+        )
+        for problem, tokens, rows in zip(problems, prompts, drawn, strict=True)
+    ]
+
+
+def check_formulas() -> None:
+    """The advantage and the clipped loss of a case worked out by hand.
+
+    Rewards (1, 0, 0, 1): mean 0.5, standard deviation 0.57735, so A = ±0.5 / 0.57745.
+    """
+    rollout = _hand_rollout([1.0, 0.0, 0.0, 1.0])
+    advantage = Grpo()(rollout, Evidence())
+    expected = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64) * 0.5 / 0.5774502692
+    _require(
+        bool((advantage - expected).abs().max() < 1e-6),
+        f"the advantages of rewards 1, 0, 0, 1 are {advantage.tolist()}, not ±0.865875: this "
+        "installation computes wrongly (a broken torch build?)",
+    )
+
+
+def _hand_rollout(total: list[float]) -> Rollout:
+    rows = len(total)
+    rewards = torch.tensor(total, dtype=torch.float64)
+    return Rollout(
+        prompts=((1,),),
+        tokens=torch.ones(rows, 1, dtype=torch.long),
+        mask=torch.ones(rows, 1, dtype=torch.bool),
+        engine_logp=torch.zeros(rows, 1),
+        group=torch.zeros(rows, dtype=torch.long),
+        total=rewards,
+        task=rewards,
+        parts=rewards[:, None],
+        part_names=("task",),
+        part_weights=torch.ones(1, dtype=torch.float64),
+        length=torch.ones(rows, dtype=torch.long),
+        truncated=torch.zeros(rows, dtype=torch.bool),
+        steps=((),) * rows,
+        baseline=None,
+    )
+
+
+def check_tokens(groups: list[Group], rollouts: Rollouts, version: int) -> None:
+    """Version handshake; the end token is trained; no other row's token is."""
+    stops = set(rollouts.encoder.stop_tokens)
+    for group in groups:
+        for row in group.completions:
+            _require(
+                set(row.version) <= {version},
+                f"the engine drew with weights of version {sorted(set(row.version))}, the "
+                f"policy's is {version}: the engine does not have the present weights",
+            )
+            _require(
+                len(row.logp) == len(row.tokens) == len(row.mask),
+                "the engine returned other numbers of tokens, log-probabilities and mask values",
+            )
+            _check_end(row, stops)
+
+
+def _check_end(row: Completion, stops: set[int]) -> None:
+    inside = [token for token in row.tokens[:-1] if token in stops]
+    _require(
+        not inside,
+        f"a completion goes on after the end token {inside[:1]}: the engine does not stop where "
+        "the tokenizer's end tokens say; compare generation_config.json and the chat template",
+    )
+    if row.finish == "stop" and row.tokens and row.tokens[-1] in stops:
+        _require(row.mask[-1], "the end token is not trained: completions would grow without end")
+
+
+def check_probabilities(policy: Policy, rollout: Rollout, tolerance: Tolerance) -> float:
+    """Engine, scoring pass and training pass give the same tokens the same log-probability."""
+    prompts = [rollout.prompts[int(group)] for group in rollout.group]
+    old = policy.old_logp(prompts, rollout.tokens, rollout.length).logp.cpu()
+    with torch.enable_grad():
+        live = policy.logp(prompts, rollout.tokens, rollout.length).logp.detach().cpu()
+    policy.discard_gradient()
+    mask = rollout.mask
+    passes = float((old - live)[mask].abs().max())
+    _require(
+        passes <= 2 * tolerance.mean_logp,
+        f"the scoring and the training pass of the same weights differ by {passes:.4f} in a "
+        "log-probability: is dropout on?",
+    )
+    known = mask & ~rollout.engine_logp.isnan()
+    gap = (old - rollout.engine_logp)[known]
+    mismatch = float(gap.abs().mean()) if gap.numel() else math.nan
+    _require(
+        not mismatch > tolerance.mean_logp,
+        f"engine and trainer differ by {mismatch:.4f} in the mean log-probability of the same "
+        "tokens: do both use the same weights, temperature and sampling filters?",
+    )
+    return mismatch
+
+
+def check_split(policy: Policy, rollout: Rollout, tolerance: Tolerance) -> float:
+    """The gradient of all rows at once equals that of one row at a time."""
+    objective = Objective(credit=Grpo(), surrogate=PpoClip(), weights=TokenMean())
+    targets = Targets(
+        rollout=rollout, evidence=Evidence(), advantage=objective.credit(rollout, Evidence())
+    )
+
+    def gradient(budget: int) -> Tensor:
+        how = UpdateSettings(tokens_per_microbatch=budget)
+        step = OptimizerStep(policy, objective, targets, Coefficients(kl=0.0, entropy=0.0), how)
+        step.accumulate(torch.arange(len(rollout.group)), first=True)
+        grads = [p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]
+        policy.discard_gradient()
+        return torch.cat(grads).float()
+
+    return _compare(gradient, tolerance)
+
+
+def _compare(gradient: Callable[[int], Tensor], tolerance: Tolerance) -> float:
+    whole, single = gradient(2**40), gradient(1)
+    norm = float(whole.norm())
+    apart = float((whole - single).norm()) / norm if norm else 0.0
+    _require(
+        math.isfinite(norm),
+        "the gradient of the first few completions is not finite: is the model's checkpoint whole?",
+    )
+    _require(
+        apart <= tolerance.gradient,
+        f"the gradient depends on the micro-batch split (relative difference {apart:.2e}): "
+        "padding or attention masks are not honoured by this model",
+    )
+    return apart
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise NumericError(f"self-test: {problem}")

@@ -1,0 +1,320 @@
+"""From a rollout batch to new weights: the no-grad evidence, and the optimizer steps.
+
+Normalisers are counted over the whole optimizer step (and all ranks) before the first forward
+pass, so how rows are split into micro-batches changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from gruppo import dist
+from gruppo.metric import Max, Metric, Sum, extremes, mean_over, merge
+from gruppo.objective import (
+    Coefficients,
+    Live,
+    Loss,
+    Objective,
+    Rows,
+    Totals,
+    compute_loss,
+    make_rows,
+)
+from gruppo.policy import Policy, UpdateReport
+from gruppo.types import Evidence, Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateSettings:
+    """How a rollout batch is used.
+
+    ``inner_epochs`` passes over it (μ), each cut into ``minibatches`` optimizer steps of whole
+    groups. ``tokens_per_microbatch`` bounds prompt and completion tokens of one forward pass; it
+    changes memory and speed, not results. ``skip_dead`` leaves rows that cannot contribute out of
+    the passes (their tokens stay in the normalisers).
+    """
+
+    inner_epochs: int = 1
+    minibatches: int = 1
+    tokens_per_microbatch: int = 8192
+    skip_dead: bool = True
+    seed: int = 0
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps per rollout batch."""
+        return self.inner_epochs * self.minibatches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """A rollout batch with its evidence and its advantages: what the optimizer steps learn from."""
+
+    rollout: Rollout
+    evidence: Evidence
+    advantage: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """What the optimizer steps of one rollout batch did."""
+
+    reports: tuple[UpdateReport, ...]
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+
+
+def gather_evidence(
+    policy: Policy,
+    objective: Objective,
+    rollout: Rollout,
+    settings: UpdateSettings,
+    *,
+    stale: Sequence[bool] = (),
+) -> Evidence:
+    """Run the no-grad passes that the objective asks for, and no other.
+
+    With one update per batch the old log-probabilities are those of the training forward itself,
+    so there is no pass for them. ``stale[b]`` marks rows drawn by older weights: for these the
+    engine's log-probabilities are the behaviour policy's (2110.00641), hence the "old" ones.
+    """
+    needs_old = objective.needs_old(settings.num_updates) or any(stale)
+    old = None
+    if needs_old:
+        old = _score_all(policy, rollout, settings, reference=False)
+        if any(stale):
+            behaviour = torch.where(rollout.engine_logp.isnan(), old, rollout.engine_logp)
+            old = torch.where(torch.tensor(stale)[:, None], behaviour, old)
+    reference = None
+    if objective.needs_reference:
+        reference = _score_all(policy, rollout, settings, reference=True)
+    return Evidence(old_logp=old, ref_logp=reference)
+
+
+def _score_all(
+    policy: Policy, rollout: Rollout, settings: UpdateSettings, *, reference: bool
+) -> Tensor:
+    result = torch.zeros(rollout.tokens.shape)
+    score = policy.ref_logp if reference else policy.old_logp
+    for index in micro_batches(rollout, range(len(rollout.group)), settings):
+        prompts, tokens, length = _slice(rollout, index)
+        logp = score(prompts, tokens, length).logp.float().cpu()
+        result[index, : tokens.shape[1]] = logp
+    return result
+
+
+def update(
+    policy: Policy,
+    objective: Objective,
+    targets: Targets,
+    *,
+    coefficients: Coefficients,
+    settings: UpdateSettings,
+    before_step: Callable[[], None] = lambda: None,
+) -> UpdateResult:
+    """Take the optimizer steps of one rollout batch.
+
+    ``before_step`` is called each time just before weights change.
+    """
+    step = OptimizerStep(policy, objective, targets, coefficients, settings)
+    reports: list[UpdateReport] = []
+    metrics: Mapping[str, Metric] = {}
+    for number, rows in enumerate(_minibatches(targets.rollout, settings, policy.version)):
+        seen = step.accumulate(rows, first=number == 0)
+        before_step()
+        report = policy.step()
+        reports.append(report)
+        metrics = merge(metrics, seen)
+    return UpdateResult(reports=tuple(reports), metrics=metrics)
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerStep:
+    """One optimizer step over some rows of a rollout batch, micro-batch by micro-batch."""
+
+    policy: Policy
+    objective: Objective
+    targets: Targets
+    coefficients: Coefficients
+    settings: UpdateSettings
+
+    def accumulate(self, index: Tensor, *, first: bool) -> dict[str, Metric]:
+        """Accumulate the gradient of rows ``index`` in the policy."""
+        rows = self._rows(index)
+        metrics: dict[str, Metric] = {}
+        scale = dist.world_size()  # gradients are averaged over ranks, our losses are sums
+        chosen = self._contributing(rows)
+        for micro in micro_batches(self.targets.rollout, index[chosen].tolist(), self.settings):
+            local = _positions(index, micro)
+            loss, seen = self._forward(micro, rows.take(local), first=first)
+            self.policy.backward(loss.value * scale)
+            metrics = merge(metrics, seen)
+        return metrics
+
+    def _rows(self, index: Tensor) -> Rows:
+        rollout, evidence = self.targets.rollout, self.targets.evidence
+        mask, group = rollout.mask[index], rollout.group[index]
+        old = None if evidence.old_logp is None else evidence.old_logp[index]
+        reference = None if evidence.ref_logp is None else evidence.ref_logp[index]
+        advantage = self.targets.advantage[index].float()
+        wide = advantage if advantage.dim() == 2 else advantage[:, None].expand(mask.shape)
+        return make_rows(
+            self.objective,
+            advantage=wide.contiguous(),
+            mask=mask,
+            group=group,
+            scored=~rollout.total[index].isnan(),
+            old_logp=old,
+            engine_logp=rollout.engine_logp[index],
+            ref_logp=reference,
+            totals=_over_ranks(Totals.of(mask, group)),
+            selected=self._select(index, mask, wide, old),
+        )
+
+    def _select(
+        self, index: Tensor, mask: Tensor, advantage: Tensor, old: Tensor | None
+    ) -> Tensor | None:
+        """Statistics over the whole optimizer step need one no-grad pass of the live policy."""
+        select = self.objective.select
+        if select is None:
+            return None
+        logp, entropy = torch.zeros(mask.shape), torch.zeros(mask.shape)
+        with torch.no_grad():
+            for micro in micro_batches(self.targets.rollout, index.tolist(), self.settings):
+                prompts, tokens, length = _slice(self.targets.rollout, micro)
+                scored = self.policy.old_logp(prompts, tokens, length, entropy=True)
+                local = _positions(index, micro)
+                logp[local, : tokens.shape[1]] = scored.logp.float().cpu()
+                assert scored.entropy is not None
+                entropy[local, : tokens.shape[1]] = scored.entropy.float().cpu()
+        return select(
+            logp,
+            entropy,
+            old_logp=logp if old is None else old,
+            advantage=advantage,
+            mask=mask,
+            seed=hash((self.settings.seed, self.policy.version)),
+        )
+
+    def _contributing(self, rows: Rows) -> Tensor:
+        """Positions of rows that can have a gradient: without KL or entropy, those with A ≠ 0."""
+        trained = rows.mask.any(dim=1)
+        idle = self.coefficients.kl == 0 and self.coefficients.entropy == 0
+        if self.settings.skip_dead and idle and self.objective.select is None:
+            trained &= ((rows.advantage != 0) & rows.mask).any(dim=1)
+        return trained.nonzero()[:, 0]
+
+    def _forward(self, micro: Tensor, rows: Rows, *, first: bool) -> tuple[Loss, dict[str, Metric]]:
+        prompts, tokens, length = _slice(self.targets.rollout, micro)
+        scored = self.policy.logp(prompts, tokens, length, entropy=True)
+        rows = rows.to(scored.logp.device, scored.logp.dtype)
+        width = rows.mask.shape[1]
+        live = Live(
+            logp=_widen(scored.logp, width),
+            entropy=None if scored.entropy is None else _widen(scored.entropy, width),
+            mask=rows.mask,
+        )
+        loss = compute_loss(self.objective, live, rows, self.coefficients)
+        return loss, merge(token_metrics(loss, rows, first=first), live_metrics(live, rows))
+
+
+def token_metrics(loss: Loss, rows: Rows, *, first: bool) -> dict[str, Metric]:
+    """Sums over this micro-batch's trained tokens of everything that is logged per token."""
+    seen = loss.tokens
+    mask = rows.mask
+    low, high = extremes(seen.ratio, mask)
+    metrics: dict[str, Metric] = {
+        "loss/total": Sum(float(loss.value.detach())),
+        "loss/policy": Sum(float(loss.policy)),
+        "ratio/mean": mean_over(seen.ratio, mask),
+        "ratio/min": low,
+        "ratio/max": high,
+        "clip/low": mean_over(seen.clipped_low.float(), mask),
+        "clip/high": mean_over(seen.clipped_high.float(), mask),
+        "policy/kl_old_k3": mean_over(seen.ratio - 1 - seen.ratio.log(), mask),
+    }
+    if first:
+        metrics["ratio/first_minibatch_maxdev"] = Max(max(high.value - 1, 1 - low.value, 0.0))
+    if seen.kl is not None:
+        metrics["kl/ref_k3"] = mean_over(seen.kl, mask)
+    if seen.is_weight is not None and seen.is_keep is not None:
+        metrics["is/weight_mean"] = mean_over(seen.is_weight, mask)
+        metrics["is/rejected_frac"] = mean_over((~seen.is_keep).float(), mask)
+    return metrics
+
+
+def live_metrics(live: Live, rows: Rows) -> dict[str, Metric]:
+    """Entropy, and how far the engine's log-probabilities are from the trainer's."""
+    metrics: dict[str, Metric] = {}
+    if live.entropy is not None:
+        metrics["entropy/mean"] = mean_over(live.entropy, live.mask)
+    if rows.engine_logp is None:
+        return metrics
+    trainer = live.logp.detach() if rows.old_logp is None else rows.old_logp
+    known = live.mask & ~rows.engine_logp.isnan()
+    gap = torch.where(known, trainer - rows.engine_logp, 0.0).clamp(-20, 20)
+    ratio = gap.exp()
+    apart = (trainer.exp() - rows.engine_logp.exp()).abs()
+    metrics["is/mismatch_k1"] = mean_over(-gap, known)
+    metrics["is/mismatch_k3"] = mean_over(ratio - 1 - gap, known)
+    metrics["is/max_prob_diff"] = extremes(apart, known)[1]
+    metrics["is/_weight"] = mean_over(ratio, known)
+    metrics["is/_weight_squared"] = mean_over(ratio.square(), known)
+    return metrics
+
+
+def micro_batches(
+    rollout: Rollout, rows: Sequence[int] | range, settings: UpdateSettings
+) -> Iterator[Tensor]:
+    """Cut rows into forward passes of at most ``tokens_per_microbatch`` padded positions.
+
+    Rows of like length go together, so that little is padded. One row too long for the budget
+    still goes, alone.
+    """
+    size = {b: len(rollout.prompts[int(rollout.group[b])]) + int(rollout.length[b]) for b in rows}
+    batch: list[int] = []
+    for row in sorted(rows, key=lambda b: (-size[b], b)):
+        if batch and (len(batch) + 1) * size[batch[0]] > settings.tokens_per_microbatch:
+            yield torch.tensor(batch)
+            batch = []
+        batch.append(row)
+    if batch:
+        yield torch.tensor(batch)
+
+
+def _minibatches(rollout: Rollout, settings: UpdateSettings, version: int) -> Iterator[Tensor]:
+    """Row indices of each optimizer step: every epoch cuts the shuffled groups anew."""
+    groups = len(rollout.prompts)
+    for epoch in range(settings.inner_epochs):
+        order = torch.arange(groups)
+        if settings.minibatches > 1:
+            shuffle = torch.Generator().manual_seed(hash((settings.seed, version, epoch)) % 2**63)
+            order = torch.randperm(groups, generator=shuffle)
+        for part in torch.tensor_split(order, settings.minibatches):
+            yield torch.isin(rollout.group, part).nonzero()[:, 0]
+
+
+def _slice(rollout: Rollout, rows: Tensor) -> tuple[list[tuple[int, ...]], Tensor, Tensor]:
+    """Prompts, completion tokens (cut to the longest) and lengths of some rows."""
+    length = rollout.length[rows]
+    tokens = rollout.tokens[rows, : int(length.max())]
+    return [rollout.prompts[int(group)] for group in rollout.group[rows]], tokens, length
+
+
+def _positions(rows: Tensor, some: Tensor) -> Tensor:
+    """Where each of ``some`` stands in ``rows`` (which is sorted)."""
+    return torch.searchsorted(rows, some)
+
+
+def _widen(values: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]))
+
+
+def _over_ranks(totals: Totals) -> Totals:
+    """Sum the counts over ranks. Ranks hold whole groups, so a group's own count is local."""
+    local = torch.tensor([totals.tokens, totals.rows, totals.prompts])
+    tokens, rows, prompts = dist.all_sum(local).tolist()
+    return replace(totals, tokens=tokens, rows=rows, prompts=prompts)

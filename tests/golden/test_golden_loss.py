@@ -1,0 +1,478 @@
+"""Golden losses: value and full gradient, through Objective, make_rows and compute_loss."""
+
+import pytest
+import torch
+
+from gruppo.objective import (
+    Cispo,
+    ClipCov,
+    Coefficients,
+    Constant,
+    DppoKl,
+    DppoTv,
+    DrGrpo,
+    Dro,
+    EntropyTerm,
+    Gmpo,
+    Grpo,
+    Gspo,
+    GspoToken,
+    KlCov,
+    KlCovTokens,
+    KLNaive,
+    KLTerm,
+    KLUnbiased,
+    Live,
+    Luspo,
+    Objective,
+    OffPolicySequenceMask,
+    PpoClip,
+    PromptMean,
+    Reinforce,
+    RlooSeq,
+    Sapo,
+    SeqMeanTokenMean,
+    SeqMeanTokenSum,
+    TokenMask,
+    TokenMean,
+    TokenTruncate,
+    TopEntropy,
+    Totals,
+    Vespo,
+    compute_loss,
+    engine_log_ratio,
+    k3,
+    log_ratio,
+    make_rows,
+    outcome,
+    row_mean,
+    token_covariance,
+)
+from gruppo.types import Evidence
+
+WEIGHTS = {
+    "token_mean": TokenMean(),
+    "seq_mean_token_mean": SeqMeanTokenMean(),
+    "seq_mean_token_sum": SeqMeanTokenSum(),
+    "constant": Constant(length=8),
+    "prompt_mean": PromptMean(),
+}
+
+
+def ppo(i: dict, **options: float) -> PpoClip:
+    return PpoClip(eps_low=i["eps_low"], eps_high=i["eps_high"], **options)
+
+
+def unbiased(i: dict) -> KLTerm:
+    assert (i["kl"], i["kl_grad"]) == ("k3", "unbiased_is")
+    return KLTerm(beta=i["beta"], estimator=KLUnbiased())
+
+
+def naive(i: dict) -> KLTerm:
+    assert (i["kl"], i["kl_grad"]) == ("k3", "naive")
+    return KLTerm(beta=i["beta"], estimator=KLNaive())
+
+
+PPO = {"surrogate": ppo}
+GSPO = {"surrogate": lambda i: Gspo(eps_low=i["eps_low"], eps_high=i["eps_high"])}
+CISPO = {"surrogate": lambda i: Cispo(w_max=i["w_max"], w_min=i.get("w_min"))}
+GMPO = {"surrogate": lambda i: Gmpo(eps_low=i["log_eps_low"], eps_high=i["log_eps_high"])}
+LUSPO = {"surrogate": lambda i: Luspo(eps_low=i["eps_low"], eps_high=i["eps_high"])}
+CASES = {
+    "loss/ppo_clip_token_mean": PPO,
+    "loss/ppo_clip_seq_mean_token_mean": PPO,
+    "loss/ppo_clip_seq_mean_token_sum": PPO,
+    "loss/ppo_clip_constant": PPO,
+    "loss/ppo_clip_prompt_mean": PPO,
+    "loss/ppo_clip_symmetric": PPO,
+    "loss/ppo_dual_clip": {"surrogate": lambda i: ppo(i, dual_clip=i["dual_clip"])},
+    "loss/ppo_two_sided_delta": {"surrogate": lambda i: ppo(i, delta=i["delta"])},
+    "loss/reinforce": {"surrogate": lambda i: Reinforce()},
+    "loss/reinforce_seq_sum": {"surrogate": lambda i: Reinforce()},
+    "loss/rloo_seq_ratio": {
+        "surrogate": lambda i: RlooSeq(eps_low=i["eps_low"], eps_high=i["eps_high"])
+    },
+    "loss/cispo_wmax5": CISPO,
+    "loss/cispo_wmax2": CISPO,
+    "loss/cispo_two_sided_verl": CISPO,
+    "loss/cispo_bypass_wmax4": {"surrogate": lambda i: Cispo(w_max=i["w_max"], bypass=True)},
+    "loss/gspo": GSPO,
+    "loss/gspo_wide": GSPO,
+    "loss/gspo_token_level_adv": {
+        "surrogate": lambda i: GspoToken(eps_low=i["eps_low"], eps_high=i["eps_high"])
+    },
+    "loss/gmpo_0.4": GMPO,
+    "loss/gmpo_0.1": GMPO,
+    "loss/sapo": {"surrogate": lambda i: Sapo(tau_pos=i["tau_pos"], tau_neg=i["tau_neg"])},
+    "loss/vespo": {
+        "surrogate": lambda i: Vespo(
+            k_pos=i["k_pos"],
+            lambda_pos=i["lambda_pos"],
+            k_neg=i["k_neg"],
+            lambda_neg=i["lambda_neg"],
+        )
+    },
+    "loss/luspo": LUSPO,
+    "loss/luspo_wide": LUSPO,
+    "loss/clip_cov": {
+        "surrogate": ppo,
+        "select": lambda i: ClipCov(
+            fraction=i["fraction"],
+            low=i["cov_lb"],
+            high=i["cov_ub"],
+            eps_low=i["eps_low"],
+            eps_high=i["eps_high"],
+        ),
+    },
+    "loss/kl_cov": {
+        "surrogate": lambda i: KlCov(kappa=i["kl_coef"]),
+        "select": lambda i: KlCovTokens(fraction=i["fraction"]),
+    },
+    "loss/dppo_tv": {
+        "surrogate": lambda i: DppoTv(delta_low=i["delta_low"], delta_high=i["delta_high"])
+    },
+    "loss/dppo_bypass_kl": {
+        "surrogate": lambda i: DppoKl(
+            delta_low=i["delta_low"], delta_high=i["delta_high"], kl_tau=i["kl_tau"]
+        )
+    },
+    "loss/high_entropy_tokens": {
+        "surrogate": ppo,
+        "select": lambda i: TopEntropy(fraction=i["keep_fraction"]),
+    },
+    "loss/opsm": {"surrogate": ppo, "keep": lambda i: OffPolicySequenceMask(delta=i["delta"])},
+    "loss/entropy_bonus": {
+        "surrogate": ppo,
+        "entropy": lambda i: EntropyTerm(coef=i["entropy_coef"]),
+    },
+    "loss/ppo_clip_with_kl": {"surrogate": ppo, "kl": unbiased},
+    "loss/ppo_clip_with_kl_naive": {"surrogate": ppo, "kl": naive},
+    "loss/ppo_clip_tis": {
+        "surrogate": ppo,
+        "correction": lambda i: TokenTruncate(max=i["c_max"]),
+    },
+    "loss/ppo_clip_icepop": {
+        "surrogate": ppo,
+        "correction": lambda i: TokenMask(min=i["c_min"], max=i["c_max"]),
+    },
+    "loss/decoupled_ppo": {
+        "surrogate": ppo,
+        "correction": lambda i: TokenTruncate(max=i["behav_cap"]),
+    },
+    "loss/bypass_old_is_rollout": {
+        "surrogate": lambda i: PpoClip(
+            eps_low=i["eps_low"], eps_high=i["eps_high"], bypass=True
+        )
+    },
+    "loss/dro": {"surrogate": lambda i: Dro(b=i["beta"])},
+}
+ON_POLICY = {
+    "ppo_clip": PpoClip(),
+    "reinforce": Reinforce(),
+    "cispo": Cispo(),
+    "sapo": Sapo(),
+    "dppo_tv": DppoTv(),
+    "vespo": Vespo(),
+    "gspo_token": GspoToken(),
+    "two_sided": PpoClip(delta=4.0),
+    "dual_clip": PpoClip(dual_clip=3.0),
+}
+
+
+def optional(inputs: dict, dtype: torch.dtype, *names: str) -> torch.Tensor | None:
+    for name in names:
+        if name in inputs:
+            return torch.tensor(inputs[name], dtype=dtype)
+    return None
+
+
+def required(inputs: dict, dtype: torch.dtype, *names: str) -> torch.Tensor:
+    found = optional(inputs, dtype, *names)
+    assert found is not None, names
+    return found
+
+
+def run(objective: Objective, inputs: dict, dtype: torch.dtype = torch.float64):
+    """Loss record and gradient with respect to logp, for one golden case's inputs."""
+    mask = required(inputs, dtype, "mask").bool()
+    group = torch.tensor(inputs.get("group_ids", [0] * len(mask)))
+    logp = required(inputs, dtype, "logp").requires_grad_()
+    entropy = optional(inputs, dtype, "entropy")
+    old = optional(inputs, dtype, "prox_logp", "old_logp")
+    advantage = required(inputs, dtype, "token_advantages", "advantages")
+    selected = None
+    if objective.select is not None:
+        selected = objective.select(
+            logp.detach(),
+            entropy,
+            old_logp=old,
+            advantage=advantage[:, None].expand(mask.shape),
+            mask=mask,
+            seed=0,
+        )
+    rows = make_rows(
+        objective,
+        advantage=advantage,
+        mask=mask,
+        group=group,
+        scored=torch.ones(len(mask), dtype=torch.bool),
+        old_logp=old,
+        engine_logp=optional(inputs, dtype, "behav_logp", "rollout_logp"),
+        ref_logp=optional(inputs, dtype, "ref_logp"),
+        totals=Totals.of(mask, group),
+        selected=selected,
+    )
+    live = Live(logp=logp, entropy=entropy, mask=mask)
+    loss = compute_loss(objective, live, rows, objective.coefficients)
+    loss.value.backward()
+    return loss, logp.grad
+
+
+def built(parts: dict, inputs: dict) -> Objective:
+    made = {name: make(inputs) for name, make in parts.items()}
+    rows_only = made["surrogate"].level == "sequence" or "token_advantages" in inputs
+    agg = "seq_mean_token_mean" if rows_only else inputs.get("agg", "token_mean")
+    return Objective(credit=DrGrpo(), weights=WEIGHTS[agg], **made)
+
+
+def close(actual: torch.Tensor, expected: object, tol: float) -> None:
+    wanted = torch.tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual.detach(), wanted, atol=tol, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradient(golden, name: str, dtype: torch.dtype) -> None:
+    case = golden(name)
+    tol = case["tol"] if dtype == torch.float64 else 1e-5
+    loss, grad = run(built(CASES[name], case["inputs"]), case["inputs"], dtype)
+    close(loss.value, case["expected"]["loss"], tol)
+    close(grad, case["expected"]["grad_logp"], tol)
+
+
+def test_clip_fractions(golden) -> None:
+    case = golden("metric/clip_fractions")
+    inputs, want = case["inputs"], case["expected"]
+    objective = Objective(credit=DrGrpo(), surrogate=ppo(inputs), weights=TokenMean())
+    loss, _ = run(objective, inputs)
+    mask = torch.tensor(inputs["mask"]).bool()
+    low, high = loss.tokens.clipped_low.double(), loss.tokens.clipped_high.double()
+    ratio = loss.tokens.ratio
+    close(torch.where(mask, ratio, 0), want["ratio"], 1e-6)
+    close(low, want["low"], 0)
+    close(high, want["high"], 0)
+    close(low[mask].mean(), want["clip_frac_low"], 1e-6)
+    close(high[mask].mean(), want["clip_frac_high"], 1e-6)
+    close((low + high)[mask].mean(), want["clip_frac"], 1e-6)
+    close(ratio[mask].mean(), want["ratio_mean"], 1e-6)
+    drift = k3(required(inputs, torch.float64, "old_logp"), required(inputs, torch.float64, "logp"))
+    close(drift[mask].mean(), want["approx_kl_k3"], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["loss/gspo", "loss/gspo_wide"])
+def test_length_normalised_ratio(golden, name: str) -> None:
+    case = golden(name)
+    logp, old, mask = (
+        required(case["inputs"], torch.float64, key) for key in ("logp", "old_logp", "mask")
+    )
+    ratio = row_mean(log_ratio(logp, old), mask.bool()).exp().squeeze(1)
+    close(ratio, case["expected"]["seq_ratio"], 1e-6)
+
+
+def test_vespo_weight(golden) -> None:
+    case = golden("loss/vespo")
+    inputs = case["inputs"]
+    _, grad = run(built(CASES["loss/vespo"], inputs), inputs)
+    # The gradient of a token is -φ·A/N.
+    phi = -grad[:, 0] * 12 / torch.tensor(inputs["advantages"], dtype=torch.float64)
+    close(phi, case["expected"]["phi"], 1e-6)
+
+
+def test_clip_cov_eligible_tokens(golden) -> None:
+    case = golden("loss/clip_cov")
+    inputs = case["inputs"]
+    logp, old, mask, advantage = (
+        required(inputs, torch.float64, key) for key in ("logp", "old_logp", "mask", "advantages")
+    )
+    spread = advantage[:, None].expand(mask.shape)
+    close(token_covariance(logp, spread, mask.bool()), case["expected"]["cov"], 1e-6)
+    select = CASES["loss/clip_cov"]["select"](inputs)
+    chosen = select(logp, None, old_logp=old, advantage=spread, mask=mask.bool(), seed=3)
+    close(chosen.double(), case["expected"]["eligible"], 0)
+
+
+def test_kl_cov_selected_tokens(golden) -> None:
+    case = golden("loss/kl_cov")
+    inputs = case["inputs"]
+    logp, old, mask, advantage = (
+        required(inputs, torch.float64, key) for key in ("logp", "old_logp", "mask", "advantages")
+    )
+    spread = advantage[:, None].expand(mask.shape)
+    select = KlCovTokens(fraction=inputs["fraction"])
+    chosen = select(logp, None, old_logp=old, advantage=spread, mask=mask.bool(), seed=0)
+    close(chosen.double(), case["expected"]["selected"], 0)
+
+
+def test_high_entropy_tokens_kept(golden) -> None:
+    case = golden("loss/high_entropy_tokens")
+    inputs = case["inputs"]
+    loss, _ = run(built(CASES["loss/high_entropy_tokens"], inputs), inputs)
+    close(loss.tokens.kept.double(), case["expected"]["kept"], 0)
+    entropy = torch.tensor(inputs["entropy"], dtype=torch.float64)
+    above = entropy >= case["expected"]["threshold"]
+    assert torch.equal(above & torch.tensor(inputs["mask"]).bool(), loss.tokens.kept)
+
+
+def test_opsm_rows_kept(golden) -> None:
+    case = golden("loss/opsm")
+    inputs = case["inputs"]
+    loss, _ = run(built(CASES["loss/opsm"], inputs), inputs)
+    mask = torch.tensor(inputs["mask"]).bool()
+    kept = torch.where(mask, loss.tokens.kept, True).all(dim=1)
+    close(kept.double(), case["expected"]["kept"], 0)
+    logp, old = (required(inputs, torch.float64, key) for key in ("logp", "old_logp"))
+    close(row_mean(old - logp, mask).squeeze(1), case["expected"]["seq_kl"], 1e-6)
+
+
+def test_entropy_bonus_mean(golden) -> None:
+    case = golden("loss/entropy_bonus")
+    loss, _ = run(built(CASES["loss/entropy_bonus"], case["inputs"]), case["inputs"])
+    close(loss.entropy, case["expected"]["mean_entropy"], 1e-6)
+
+
+def test_decoupled_behaviour_weight(golden) -> None:
+    case = golden("loss/decoupled_ppo")
+    inputs = case["inputs"]
+    loss, _ = run(built(CASES["loss/decoupled_ppo"], inputs), inputs)
+    close(loss.tokens.is_weight, case["expected"]["behav_weight"], 1e-6)
+
+
+def test_rloo_sequence_ratio(golden) -> None:
+    case = golden("loss/rloo_seq_ratio")
+    logp, old, mask = (
+        required(case["inputs"], torch.float64, key) for key in ("logp", "old_logp", "mask")
+    )
+    x = engine_log_ratio(logp, old, mask.bool())
+    close(x.sum(1).exp(), case["expected"]["seq_ratio"], 1e-6)
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
+@pytest.mark.parametrize("given", [True, False])
+def test_on_policy_equivalence(golden, name: str, given: bool) -> None:
+    case = golden("loss/on_policy_equivalence")
+    assert set(ON_POLICY) == set(case["expected"]["losses"])
+    inputs = dict(case["inputs"])
+    if not given:
+        del inputs["old_logp"]
+    objective = Objective(credit=DrGrpo(), surrogate=ON_POLICY[name], weights=TokenMean())
+    _, grad = run(objective, inputs)
+    close(grad, case["expected"]["grad_logp"], case["tol"])
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "key"),
+    [
+        (Gspo(), "gspo_and_gmpo_grad"),
+        (Gmpo(), "gspo_and_gmpo_grad"),
+        (Luspo(), "luspo_grad"),
+        (RlooSeq(), "rloo_seq_grad"),
+    ],
+)
+def test_on_policy_equivalence_sequence(golden, surrogate, key: str) -> None:
+    case = golden("loss/on_policy_equivalence_sequence")
+    objective = Objective(credit=DrGrpo(), surrogate=surrogate, weights=SeqMeanTokenMean())
+    _, grad = run(objective, case["inputs"])
+    close(grad, case["expected"][key], case["tol"])
+
+
+def test_quadrants(golden) -> None:
+    case = golden("loss/ppo_clip_quadrants")
+    for (sign, ratio), want in zip(
+        case["inputs"]["cases"], case["expected"]["rows"], strict=True
+    ):
+        inputs = {
+            "logp": [[torch.tensor(ratio, dtype=torch.float64).log().item()]],
+            "old_logp": [[0.0]],
+            "mask": [[1.0]],
+            "advantages": [float(sign)],
+        }
+        objective = Objective(
+            credit=DrGrpo(), surrogate=ppo(case["inputs"]), weights=TokenMean()
+        )
+        loss, grad = run(objective, inputs)
+        close(loss.value, want["loss"], 1e-6)
+        close(grad, [[want["grad_logp"]]], 1e-6)
+
+
+def bandit(inputs: dict, objective: Objective, *, steps: int, on_policy: bool):
+    """Repeat SGD steps on the four given answers; yields (loss, ratio, grad, logits after)."""
+    logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    answer = torch.tensor(inputs["completions"])
+    rollout = outcome(inputs["rewards"], [0] * len(answer))
+    advantage = objective.credit(rollout, Evidence())
+    mask = rollout.mask
+    old = logits.detach().log_softmax(0)[answer][:, None]
+    ref = None
+    if "ref_probs" in inputs:
+        ref = torch.tensor(inputs["ref_probs"], dtype=torch.float64).log()[answer][:, None]
+    rows = make_rows(
+        objective,
+        advantage=advantage,
+        mask=mask,
+        group=rollout.group,
+        scored=torch.isfinite(rollout.total),
+        old_logp=None if on_policy else old,
+        engine_logp=None,
+        ref_logp=ref,
+        totals=Totals.of(mask, rollout.group),
+        selected=None,
+    )
+    optimizer = torch.optim.SGD([logits], lr=inputs["lr"])
+    for _ in range(steps):
+        live = Live(logp=logits.log_softmax(0)[answer][:, None], entropy=None, mask=mask)
+        loss = compute_loss(objective, live, rows, objective.coefficients)
+        optimizer.zero_grad()
+        loss.value.backward()
+        grad = logits.grad.clone()
+        optimizer.step()
+        yield advantage, loss, grad, logits.detach().clone()
+
+
+def test_bandit_three_inner_steps(golden) -> None:
+    case = golden("e2e/bandit_three_inner_steps")
+    inputs = case["inputs"]
+    objective = Objective(credit=Grpo(), surrogate=ppo(inputs), weights=TokenMean())
+    history = bandit(inputs, objective, steps=inputs["inner_steps"], on_policy=False)
+    for got, want in zip(history, case["expected"]["steps"], strict=True):
+        advantage, loss, grad, logits = got
+        close(advantage, case["expected"]["advantages"], 1e-6)
+        close(loss.value, want["loss"], 1e-6)
+        close(loss.tokens.ratio[:, 0], want["ratio"], 1e-6)
+        close(grad, want["grad"], 1e-6)
+        close(logits, want["logits_after"], 1e-6)
+
+
+def test_bandit_with_kl(golden) -> None:
+    case = golden("e2e/bandit_with_kl")
+    inputs = case["inputs"]
+    objective = Objective(
+        credit=Grpo(), surrogate=PpoClip(), weights=TokenMean(), kl=unbiased(inputs)
+    )
+    history = bandit(inputs, objective, steps=inputs["steps"], on_policy=True)
+    for got, want in zip(history, case["expected"]["steps"], strict=True):
+        advantage, loss, grad, logits = got
+        close(advantage, case["expected"]["advantages"], 1e-6)
+        close(loss.value, want["loss"], 1e-6)
+        close(grad, want["grad"], 1e-6)
+        close(logits, want["logits_after"], 1e-6)
+
+
+def test_coefficients_come_from_the_objective() -> None:
+    objective = Objective(
+        credit=DrGrpo(),
+        surrogate=PpoClip(),
+        weights=TokenMean(),
+        kl=KLTerm(beta=0.1),
+        entropy=EntropyTerm(coef=0.01),
+    )
+    assert objective.coefficients == Coefficients(kl=0.1, entropy=0.01)
