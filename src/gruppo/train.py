@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -110,6 +110,7 @@ class TrainState:
     completion_tokens: int = 0
 
 
+@runtime_checkable
 class Keeper(Protocol):
     """Keeps what happens: metrics, samples, checkpoints. The loop says when, it knows how."""
 

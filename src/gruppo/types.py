@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -202,6 +202,7 @@ class Evidence:
     entropy: Float[Tensor, "B T"] | None = None
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Draws completions. Token ids in, token ids out; it knows no reward and no chat template."""
 
@@ -220,6 +221,7 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Scores a whole group. Returns one value per completion; None means "could not be graded"."""
 
@@ -230,6 +232,7 @@ class Reward(Protocol):
         ...
 
 
+@runtime_checkable
 class Encode(Protocol):
     """Turns a chat into prompt token ids and knows which tokens end a completion."""
 
@@ -243,6 +246,7 @@ class Encode(Protocol):
         ...
 
 
+@runtime_checkable
 class Callback(Protocol):
     """Told of every finished step."""
 

@@ -17,6 +17,7 @@ from gruppo.metric import Max, Metric, Sum, extremes, mean_over, merge
 from gruppo.objective import (
     Coefficients,
     Live,
+    LocalTokenMean,
     Loss,
     Objective,
     Rows,
@@ -99,7 +100,8 @@ def _score_all(
 ) -> Tensor:
     result = torch.zeros(rollout.tokens.shape)
     score = policy.ref_logp if reference else policy.old_logp
-    for index in micro_batches(rollout, range(len(rollout.group)), settings):
+    everything = range(len(rollout.group))
+    for index in _micro_batches(policy, rollout, everything, settings):
         prompts, tokens, length = _slice(rollout, index)
         logp = score(prompts, tokens, length).logp.float().cpu()
         result[index, : tokens.shape[1]] = logp
@@ -147,9 +149,11 @@ class OptimizerStep:
         metrics: dict[str, Metric] = {}
         scale = dist.world_size()  # gradients are averaged over ranks, our losses are sums
         chosen = self._contributing(rows)
-        for micro in micro_batches(self.targets.rollout, index[chosen].tolist(), self.settings):
-            local = _positions(index, micro)
-            loss, seen = self._forward(micro, rows.take(local), first=first)
+        for micro in _micro_batches(
+            self.policy, self.targets.rollout, index[chosen].tolist(), self.settings
+        ):
+            part = self._locally_weighted(rows.take(_positions(index, micro)), micro, len(index))
+            loss, seen = self._forward(micro, part, first=first)
             self.policy.backward(loss.value * scale)
             metrics = merge(metrics, seen)
         return metrics
@@ -174,6 +178,15 @@ class OptimizerStep:
             selected=self._select(index, mask, wide, old),
         )
 
+    def _locally_weighted(self, rows: Rows, micro: Tensor, num_rows: int) -> Rows:
+        """The rows as they are, but for the one aggregation that is defined by the split."""
+        if not isinstance(self.objective.weights, LocalTokenMean):
+            return rows
+        group = self.targets.rollout.group[micro]
+        totals = replace(Totals.of(rows.mask, group), rows=num_rows)
+        weight = self.objective.weights(rows.mask, group, totals)
+        return replace(rows, weight=weight, kl_weight=weight)
+
     def _select(
         self, index: Tensor, mask: Tensor, advantage: Tensor, old: Tensor | None
     ) -> Tensor | None:
@@ -183,7 +196,9 @@ class OptimizerStep:
             return None
         logp, entropy = torch.zeros(mask.shape), torch.zeros(mask.shape)
         with torch.no_grad():
-            for micro in micro_batches(self.targets.rollout, index.tolist(), self.settings):
+            for micro in _micro_batches(
+                self.policy, self.targets.rollout, index.tolist(), self.settings
+            ):
                 prompts, tokens, length = _slice(self.targets.rollout, micro)
                 scored = self.policy.old_logp(prompts, tokens, length, entropy=True)
                 local = _positions(index, micro)
@@ -195,7 +210,7 @@ class OptimizerStep:
             entropy,
             old_logp=logp if old is None else old,
             advantage=advantage,
-            mask=mask,
+            mask=mask & ~self.targets.rollout.total[index].isnan()[:, None],
             seed=hash((self.settings.seed, self.policy.version)),
         )
 
@@ -203,7 +218,8 @@ class OptimizerStep:
         """Positions of rows that can have a gradient: without KL or entropy, those with A ≠ 0."""
         trained = rows.mask.any(dim=1)
         idle = self.coefficients.kl == 0 and self.coefficients.entropy == 0
-        if self.settings.skip_dead and idle and self.objective.select is None:
+        idle &= self.objective.select is None and not self.objective.acts_without_advantage
+        if self.settings.skip_dead and idle:
             trained &= ((rows.advantage != 0) & rows.mask).any(dim=1)
         return trained.nonzero()[:, 0]
 
@@ -267,22 +283,37 @@ def live_metrics(live: Live, rows: Rows) -> dict[str, Metric]:
 
 
 def micro_batches(
-    rollout: Rollout, rows: Sequence[int] | range, settings: UpdateSettings
+    rollout: Rollout, rows: Sequence[int] | range, budget: int, *, packed: bool
 ) -> Iterator[Tensor]:
-    """Cut rows into forward passes of at most ``tokens_per_microbatch`` padded positions.
+    """Cut rows into forward passes of at most ``budget`` positions.
 
-    Rows of like length go together, so that little is padded. One row too long for the budget
-    still goes, alone.
+    Packed, rows of a group stay together and its prompt counts once; else rows of like length go
+    together, so that little is padded. One row too long for the budget still goes, alone.
     """
-    size = {b: len(rollout.prompts[int(rollout.group[b])]) + int(rollout.length[b]) for b in rows}
+    prompt = {b: len(rollout.prompts[int(rollout.group[b])]) for b in rows}
+    size = {b: prompt[b] + int(rollout.length[b]) for b in rows}
+    order = list(rows) if packed else sorted(rows, key=lambda b: (-size[b], b))
     batch: list[int] = []
-    for row in sorted(rows, key=lambda b: (-size[b], b)):
-        if batch and (len(batch) + 1) * size[batch[0]] > settings.tokens_per_microbatch:
+    used = 0
+    for row in order:
+        if packed:
+            shared = bool(batch) and rollout.group[batch[-1]] == rollout.group[row]
+            total = used + size[row] - prompt[row] * shared
+        else:
+            total = (len(batch) + 1) * size[(batch or [row])[0]]
+        if batch and total > budget:
             yield torch.tensor(batch)
-            batch = []
+            batch, total = [], size[row]
         batch.append(row)
+        used = total
     if batch:
         yield torch.tensor(batch)
+
+
+def _micro_batches(
+    policy: Policy, rollout: Rollout, rows: Sequence[int] | range, settings: UpdateSettings
+) -> Iterator[Tensor]:
+    return micro_batches(rollout, rows, settings.tokens_per_microbatch, packed=policy.packed)
 
 
 def _minibatches(rollout: Rollout, settings: UpdateSettings, version: int) -> Iterator[Tensor]:

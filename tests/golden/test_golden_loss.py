@@ -160,9 +160,7 @@ CASES = {
         "correction": lambda i: TokenTruncate(max=i["behav_cap"]),
     },
     "loss/bypass_old_is_rollout": {
-        "surrogate": lambda i: PpoClip(
-            eps_low=i["eps_low"], eps_high=i["eps_high"], bypass=True
-        )
+        "surrogate": lambda i: PpoClip(eps_low=i["eps_low"], eps_high=i["eps_high"], bypass=True)
     },
     "loss/dro": {"surrogate": lambda i: Dro(b=i["beta"])},
 }
@@ -387,18 +385,14 @@ def test_on_policy_equivalence_sequence(golden, surrogate, key: str) -> None:
 
 def test_quadrants(golden) -> None:
     case = golden("loss/ppo_clip_quadrants")
-    for (sign, ratio), want in zip(
-        case["inputs"]["cases"], case["expected"]["rows"], strict=True
-    ):
+    for (sign, ratio), want in zip(case["inputs"]["cases"], case["expected"]["rows"], strict=True):
         inputs = {
             "logp": [[torch.tensor(ratio, dtype=torch.float64).log().item()]],
             "old_logp": [[0.0]],
             "mask": [[1.0]],
             "advantages": [float(sign)],
         }
-        objective = Objective(
-            credit=DrGrpo(), surrogate=ppo(case["inputs"]), weights=TokenMean()
-        )
+        objective = Objective(credit=DrGrpo(), surrogate=ppo(case["inputs"]), weights=TokenMean())
         loss, grad = run(objective, inputs)
         close(loss.value, want["loss"], 1e-6)
         close(grad, [[want["grad_logp"]]], 1e-6)

@@ -27,7 +27,7 @@ def tables(draw: st.DrawFn) -> Table:
 
 
 @given(table=tables(), gamma=st.sampled_from([0.5, 1.0]), lam=st.sampled_from([0.0, 0.5, 1.0]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_gae_is_the_discounted_sum_of_errors(table: Table, gamma: float, lam: float) -> None:
     rewards, values, mask = table
     advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
@@ -43,7 +43,7 @@ def test_gae_is_the_discounted_sum_of_errors(table: Table, gamma: float, lam: fl
 
 
 @given(table=tables())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_garbage_under_the_mask_changes_nothing(table: Table) -> None:
     rewards, values, mask = table
     dirty, dirty_values = rewards.where(mask, torch.nan), values.where(mask, torch.nan)
@@ -55,7 +55,7 @@ def test_garbage_under_the_mask_changes_nothing(table: Table) -> None:
 
 
 @given(table=tables(), ddof=st.sampled_from([0, 1]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_whitened_tokens_have_mean_0_and_variance_1(table: Table, ddof: int) -> None:
     values, _, mask = table
     white = whiten(values, mask, ddof=ddof)
@@ -78,7 +78,7 @@ def test_whitening_equal_values_is_exact() -> None:
 
 
 @given(table=tables(), gamma=st.sampled_from([0.5, 1.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_reinforce_pp_is_the_whitened_discounted_reward(table: Table, gamma: float) -> None:
     rewards, _, mask = table
     total = rewards.sum(1).tolist()
@@ -90,7 +90,7 @@ def test_reinforce_pp_is_the_whitened_discounted_reward(table: Table, gamma: flo
 
 
 @given(table=tables())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_process_with_one_final_step_is_outcome_supervision(table: Table) -> None:
     rewards, _, mask = table
     rows, width = mask.shape

@@ -32,7 +32,7 @@ def steps(draw: st.DrawFn) -> Rows:
 
 @pytest.mark.parametrize("mode", MODES, ids=repr)
 @given(step=steps(), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_any_split_equals_the_slices_of_the_whole(
     mode: Weights, step: Rows, data: st.DataObject
 ) -> None:
@@ -48,7 +48,7 @@ def test_any_split_equals_the_slices_of_the_whole(
 
 
 @given(step=steps(), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_counts_of_ranks_add_up(step: Rows, data: st.DataObject) -> None:
     mask, group = step
     cut = data.draw(st.integers(0, len(group)))
@@ -62,7 +62,7 @@ def test_counts_of_ranks_add_up(step: Rows, data: st.DataObject) -> None:
 
 
 @given(step=steps())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_sums(step: Rows) -> None:
     mask, group = step
     totals = Totals.of(mask, group)
@@ -85,7 +85,7 @@ def test_sums(step: Rows) -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5), prompts=st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_prompt_mean_is_token_mean_for_equal_counts(lengths: list[int], prompts: int) -> None:
     mask = (torch.arange(6) < torch.tensor(lengths)[:, None]).repeat(prompts, 1)
     group = torch.arange(prompts).repeat_interleave(len(lengths))
@@ -96,7 +96,7 @@ def test_prompt_mean_is_token_mean_for_equal_counts(lengths: list[int], prompts:
 
 
 @given(rows=st.integers(1, 6), length=st.integers(1, 6), pad=st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_sequence_mean_is_token_mean_for_equal_lengths(rows: int, length: int, pad: int) -> None:
     mask = (torch.arange(length + pad) < length).expand(rows, -1)
     group = torch.zeros(rows, dtype=torch.int64)
@@ -107,7 +107,7 @@ def test_sequence_mean_is_token_mean_for_equal_lengths(rows: int, length: int, p
 
 
 @given(half=st.lists(st.integers(0, 3), min_size=1, max_size=5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_constant_with_the_mean_length_is_token_mean(half: list[int]) -> None:
     lengths = torch.tensor([*half, *(8 - h for h in half)])  # mean 4, whatever the halves
     mask = torch.arange(9) < lengths[:, None]

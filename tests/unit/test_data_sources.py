@@ -314,9 +314,18 @@ def test_task_source_settings():
     [
         ({"name": "wordproblems"}, "name: 'wordproblems' is no task; use one of arithmetic"),
         ({"name": "letters", "options": {"cuont": 2}}, "letters has no 'cuont'; it has count"),
-        ({"name": "letters", "options": {"count": "2"}}, "count = '2' is of the wrong type; write it like 1"),
-        ({"name": "arithmetic", "options": {"operations": "+"}}, "operations = '+' is of the wrong type"),
-        ({"name": "arithmetic", "options": {"low": 2.5}}, "low = 2.5 is of the wrong type; write it like 2"),
+        (
+            {"name": "letters", "options": {"count": "2"}},
+            "count = '2' is of the wrong type; write it like 1",
+        ),
+        (
+            {"name": "arithmetic", "options": {"operations": "+"}},
+            "operations = '+' is of the wrong type",
+        ),
+        (
+            {"name": "arithmetic", "options": {"low": 2.5}},
+            "low = 2.5 is of the wrong type; write it like 2",
+        ),
         ({"name": "countdown", "options": {"max_target": 5}}, "max_target: 5 must be"),
         ({"name": "letters", "size": 0}, "size: 0 must be at least 1"),
     ],

@@ -53,7 +53,7 @@ def test_mixture_follows_the_weights(weights):
     stream = ProblemStream(
         [(problems(name, 9), weight) for name, weight in zip(names, weights, strict=True)], seed=7
     )
-    count = 4000
+    count = 1000
     got = Counter(p.source for p in stream.draw(count))
     for name, weight in zip(names, weights, strict=True):
         share = weight / sum(weights)
@@ -162,12 +162,12 @@ def test_curriculum_weights_by_pass_rate():
     stream = ProblemStream([(data, 1.0)], seed=0, curriculum=Curriculum(floor=0.05))
     for p, rate in zip(data, (0.0, 0.5, 0.9), strict=True):
         stream.record(p, rate)
-    counts = Counter(ids(stream.draw(3000)))
+    counts = Counter(ids(stream.draw(1000)))
     # taken with .05/.3, .3/.3, .14/.3 when their turn comes
     weights = {"a0": 0.05, "a1": 0.30, "a2": 0.14}
     for name, weight in weights.items():
         share = weight / 0.49
-        assert abs(counts[name] - 3000 * share) < 4 * (3000 * share * (1 - share)) ** 0.5
+        assert abs(counts[name] - 1000 * share) < 4 * (1000 * share * (1 - share)) ** 0.5
 
 
 def test_recorded_rates_steer_nothing_by_default():
@@ -219,21 +219,21 @@ def test_streamed_rows_are_drawn_like_loaded_ones(tmp_path):
 
 
 def test_permutations_are_uniform():
-    counts = Counter(tuple(permutation(3, "u", i).tolist()) for i in range(3000))
+    counts = Counter(tuple(permutation(3, "u", i).tolist()) for i in range(900))
     assert len(counts) == 6
-    # 500 each: chi square with 5 degrees of freedom is above 20.5 once in a thousand
-    assert sum((count - 500) ** 2 / 500 for count in counts.values()) < 20.5
+    # 150 each: chi square with 5 degrees of freedom is above 20.5 once in a thousand
+    assert sum((count - 150) ** 2 / 150 for count in counts.values()) < 20.5
 
 
 def test_keyed_values_are_pinned():
     """The order of every recorded run hangs on these."""
     draws = Draws("pin", 1)
-    assert hash64("a", 1) == PIN_HASH
-    assert [draws.below(1000) for _ in range(4)] == PIN_BELOW
-    assert permutation(6, "pin").tolist() == PIN_ORDER
+    assert hash64("a", 1) == 8098670429562427586
+    assert [draws.below(1000) for _ in range(4)] == [902, 520, 528, 191]
+    assert permutation(6, "pin").tolist() == [5, 1, 4, 3, 0, 2]
 
 
 def test_pick_takes_different_positions_evenly():
-    counts = Counter(tuple(Draws("pick", i).pick("abc", 2)) for i in range(1200))
+    counts = Counter(tuple(Draws("pick", i).pick("abc", 2)) for i in range(600))
     assert set(counts) == {tuple(pair) for pair in ("ab", "ac", "ba", "bc", "ca", "cb")}
-    assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 20.5
+    assert sum((count - 100) ** 2 / 100 for count in counts.values()) < 20.5

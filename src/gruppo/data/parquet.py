@@ -51,13 +51,27 @@ def _batches(path: str | Path) -> Iterator[list[dict[str, object]]]:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             _check_schema(path, file.schema_arrow.names, file.metadata)
             for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
-                yield batch.to_pylist()
+                yield _as_rows(path, batch)
     except (ArrowException, MemoryError, OverflowError) as error:
         raise ValueError(_damaged(path, error)) from None
     except OSError as error:
         if error.errno:  # a real one of the file system; pyarrow's own have no number
             raise
         raise ValueError(_damaged(path, error)) from None
+
+
+def _as_rows(path: str | Path, batch: Any) -> list[dict[str, object]]:
+    """Python values of a batch; times are cast to text first, which keeps their nanoseconds."""
+    from pyarrow import string, types
+
+    for index, column in enumerate(batch.schema):
+        if types.is_temporal(column.type):
+            text = batch.column(index).cast(string())
+            batch = batch.set_column(index, column.name, text)
+    try:
+        return batch.to_pylist()
+    except ValueError as error:  # nanoseconds inside lists or tables
+        raise ValueError(f"{path}: has a value that Python cannot hold ({error})") from None
 
 
 def _damaged(path: str | Path, error: Exception) -> str:

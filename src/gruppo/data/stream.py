@@ -47,8 +47,11 @@ class Curriculum:
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay: {self.decay} must be at least 0 and below 1")
-        if self.floor is not None and not 0 < self.floor <= 1e6:
-            raise ValueError(f"floor: {self.floor} must be above 0; leave it out for no weights")
+        # Below 0.001 a data set of solved problems would be searched for minutes at every draw.
+        if self.floor is not None and not 0.001 <= self.floor <= 1000:
+            raise ValueError(
+                f"floor: {self.floor} must be between 0.001 and 1000; leave it out for no weights"
+            )
         if self.drop_pass_rate is not None and not 0 < self.drop_pass_rate <= 1:
             raise ValueError(
                 f"drop_pass_rate: {self.drop_pass_rate} must be above 0 and at most 1; leave it "

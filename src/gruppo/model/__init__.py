@@ -8,7 +8,7 @@ from gruppo.model.adapter import (
     merged_weights,
     without_adapter,
 )
-from gruppo.model.logprob import Scored, completion_logp
+from gruppo.model.logprob import Scored, can_pack, completion_logp
 from gruppo.model.packaged import CATALOG, PackagedModel, cache_folder
 from gruppo.model.precision import cast_frozen, compute_dtype, is_autocast
 from gruppo.model.prompt import Encoder, end_ids
@@ -24,6 +24,7 @@ __all__ = [
     "attach",
     "base_model",
     "cache_folder",
+    "can_pack",
     "cast_frozen",
     "completion_logp",
     "compute_dtype",

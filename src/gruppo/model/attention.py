@@ -22,9 +22,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gruppo.model.packing import Packing, packed_attention
 from gruppo.model.parts import causal, device_of, embedding
 
 NAME = "gruppo"
+PACKING = "gruppo_packing"
+"""Keyword argument of a model's forward that carries a ``Packing``."""
 # Largest difference of logits, relative to their largest value, that rounding can explain.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _PROBE_LENGTH = 9
@@ -45,6 +48,8 @@ def attention(
     sink logit per query head) and what ``sdpa`` takes. Attention dropout applies on the ``sdpa``
     path only (gruppo loads models with dropout 0).
     """
+    if PACKING in options:
+        return _packed(query, key, value, scaling=scaling, options=options), None
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         return _plain(query, key, value, attention_mask, scaling=scaling, options=options), None
     special = options.get("position_bias") is not None or options.get("cache") is not None
@@ -57,6 +62,25 @@ def attention(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **options
     )
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, options: dict[str, Any]
+) -> Tensor:
+    """Attention over groups packed in one row; the layout comes with the forward's arguments."""
+    special = options.get("softcap") is not None or options.get("s_aux") is not None
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        if special:
+            return _plain(q, k, v, mask, scaling=scaling, options=options)
+        mixed = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True
+        )
+        return mixed.transpose(1, 2)
+
+    packing: Packing = options[PACKING]
+    window = options.get("sliding_window")
+    return packed_attention(query, key, value, packing.groups, kernel, window=window)
 
 
 def _is_shared(mask: Tensor | None) -> bool:

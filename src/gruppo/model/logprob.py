@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gruppo.model.attention import NAME, PACKING
 from gruppo.model.head import logit_rule, token_logp
-from gruppo.model.parts import body, device_of, head
+from gruppo.model.packing import pack
+from gruppo.model.parts import body, causal, device_of, embedding, head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,20 +31,11 @@ class Scored:
     entropy: Float[Tensor, "B T"] | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Layout:
-    """Right-padded inputs ``ids``, and where in them the completion tokens are predicted.
-
-    ``source`` are the flat positions whose hidden states predict the N true completion tokens,
-    which lie at ``valid`` (row-major order).
-    """
-
-    ids: Int[Tensor, "B L"]
-    source: Int[Tensor, "N"]
-    valid: Bool[Tensor, "B T"]
+# Largest difference of a log-probability that rounding can explain.
+_PACKED_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
-def completion_logp(
+def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways to
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     tokens: Int[Tensor, "B T"],
@@ -50,13 +43,15 @@ def completion_logp(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    packed: bool = False,
     chunk: int = 512,
 ) -> Scored:
     """Score ``tokens`` after their ``prompts`` (one per row), differentiably.
 
     ``log softmax(z / temperature)`` with z the model's logits, widened to float32 before the
-    division. Rows are padded on the right, where a causal model cannot see the padding: no
-    attention mask is needed. The head is applied to completion positions only, ``chunk`` of them
+    division. Plain rows are padded on the right, where a causal model cannot see the padding: no
+    attention mask is needed. Packed, neighbouring rows with one prompt share it (``packing.py``).
+    The head is applied to completion positions only, ``chunk`` of them
     at a time. Run it under ``torch.autocast`` for bfloat16 products.
 
     Args:
@@ -66,6 +61,8 @@ def completion_logp(
         length: Number of completion tokens in each row (0 is allowed).
         temperature: The sampling temperature.
         entropy: Whether to compute entropies too.
+        packed: Compute each prompt once for its neighbouring rows. Only for models for which
+            :func:`can_pack` holds.
         chunk: Positions projected to the vocabulary at once (memory: chunk x V floats, thrice).
 
     Returns:
@@ -76,12 +73,12 @@ def completion_logp(
             or ``temperature`` is not positive.
     """
     device = device_of(model)
-    layout = _lay_out(prompts, tokens, length)
-    valid = layout.valid.to(device)
-    output = body(model)(input_ids=layout.ids.to(device), use_cache=False)
+    counts = _checked(prompts, tokens, length)
+    valid = (torch.arange(tokens.shape[1]) < torch.tensor(counts)[:, None]).to(device)
+    states = (_packed_states if packed else _plain_states)(model, prompts, tokens, counts)
     logp, spread = token_logp(
         head(model),
-        output.last_hidden_state.flatten(0, 1)[layout.source.to(device)],
+        states,
         tokens.to(device)[valid],
         rule=logit_rule(model, temperature),
         entropy=entropy,
@@ -94,25 +91,71 @@ def completion_logp(
     )
 
 
-def _lay_out(
+def _checked(
     prompts: Sequence[Sequence[int]], tokens: Int[Tensor, "B T"], length: Int[Tensor, "B"]
-) -> _Layout:
-    """Join prompts and completions; the last token of a row predicts nothing and is left out."""
+) -> list[int]:
+    """The rows' lengths, if rows and prompts are as they must be."""
     num_rows, width = tokens.shape
     assert len(prompts) == num_rows == len(length), "one prompt and one length per row"
     counts = length.tolist()
     assert all(0 <= count <= width for count in counts), "lengths within [0, T]"
-    rows = []
     for row, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
         if count and not prompt:
             raise ValueError(
                 f"row {row}: the prompt is empty, so nothing predicts the first completion token; "
                 "give it at least one token (the BOS token, say)"
             )
-        rows.append([*prompt, *tokens[row, : max(count - 1, 0)].tolist()] or [0])
+    return counts
+
+
+def _plain_states(
+    model: nn.Module, prompts: Sequence[Sequence[int]], tokens: Tensor, counts: list[int]
+) -> Float[Tensor, "N D"]:
+    """Hidden states that predict the completion tokens, from rows padded on the right."""
+    device = device_of(model)
+    rows = [
+        [*prompt, *tokens[row, : max(count - 1, 0)].tolist()] or [0]
+        for row, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
+    ]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
-    steps = torch.arange(width)
-    valid = steps < torch.tensor(counts)[:, None]
     first = torch.tensor([row * longest + len(p) - 1 for row, p in enumerate(prompts)])
-    return _Layout(ids=ids, source=(first[:, None] + steps)[valid], valid=valid)
+    steps = torch.arange(tokens.shape[1])
+    source = (first[:, None] + steps)[steps < torch.tensor(counts)[:, None]]
+    output = body(model)(input_ids=ids.to(device), use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)[source.to(device)]
+
+
+def _packed_states(
+    model: nn.Module, prompts: Sequence[Sequence[int]], tokens: Tensor, counts: list[int]
+) -> Float[Tensor, "N D"]:
+    """The same hidden states from one packed row, each prompt computed once."""
+    device = device_of(model)
+    packing = pack(prompts, tokens, counts)
+    output = body(model)(
+        input_ids=packing.ids[None].to(device),
+        position_ids=packing.positions[None].to(device),
+        # four dimensions: transformers takes it as it is, and makes no mask of N x N
+        attention_mask=torch.zeros(1, 1, 1, 1, device=device),
+        use_cache=False,
+        **{PACKING: packing},
+    )
+    return output.last_hidden_state[0][packing.source.to(device)]
+
+
+@torch.no_grad()
+def can_pack(model: nn.Module) -> bool:
+    """Whether this model gives packed rows the log-probabilities of plain ones (tried, small).
+
+    Models that mix tokens by other means than the attention function (state spaces, linear
+    attention) do not, nor do models that were left on another attention implementation.
+    """
+    if causal(model).config._attn_implementation != NAME:
+        return False
+    prompts = [(5, 6, 7), (5, 6, 7), (8, 9), (8, 9), (8, 9)]
+    tokens = (torch.arange(5 * 6).view(5, 6) * 7 + 3) % len(embedding(model))
+    length = torch.tensor([6, 3, 1, 4, 5])
+    plain, packed = (
+        completion_logp(model, prompts, tokens, length, packed=flag).logp for flag in (False, True)
+    )
+    return bool((plain - packed).abs().max() <= _PACKED_TOLERANCE[causal(model).dtype])

@@ -167,6 +167,12 @@ def check_folder(folder: Path) -> None:
             "the model folder (auto_map), and gruppo runs none; use a model that transformers "
             "knows"
         )
+    if (folder / "adapter_config.json").exists():
+        # transformers would fetch and wrap the base model that the file names
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json); merge it into its base model, save "
+            "that and open it instead"
+        )
     if (folder / _INDEX).exists():
         _check_index(folder)
     elif not (folder / "model.safetensors").exists():

@@ -157,6 +157,15 @@ class Objective:
         """Does the credit compare with a greedy completion of every prompt."""
         return "greedy" in self.credit.needs
 
+    @property
+    def acts_without_advantage(self) -> bool:
+        """May rows whose advantages are all 0 have a policy gradient; then none may be skipped.
+
+        True for losses with a penalty of their own, and, to be safe, for those from outside.
+        """
+        penalised = isinstance(self.surrogate, DppoKl | Dro | KlCov)
+        return penalised or not isinstance(self.surrogate, PlainSurrogate)
+
     def needs_old(self, num_updates: int) -> bool:
         """Must old log-probabilities be computed in a pass of their own.
 

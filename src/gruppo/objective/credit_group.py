@@ -124,7 +124,7 @@ class Rloo:
         """Advantages [B]."""
         total, group = rollout.total.double(), rollout.group
         live = live_rows(total, group)
-        count = group_count(live, group)
+        count = group_count(live, group).double()
         scale = count / (count - 1).clamp(min=1)
         return deviations(total, group, live) * scale[group]
 

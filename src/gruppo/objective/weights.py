@@ -23,7 +23,7 @@ any trained token has weights 0 everywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -87,6 +87,7 @@ class Totals:
         )
 
 
+@runtime_checkable
 class Weights(Protocol):
     """An aggregation mode."""
 

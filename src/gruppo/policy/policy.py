@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from gruppo.model import (
     Scored,
     base_model,
+    can_pack,
     cast_frozen,
     completion_logp,
     is_adapted,
@@ -61,7 +62,8 @@ class UpdateReport:
 class Policy:
     """The policy that is trained.
 
-    ``version`` counts optimizer updates made. ``model`` is in evaluation mode except between
+    ``version`` counts optimizer updates made; ``packed`` says whether groups share their prompt's
+    computation. ``model`` is in evaluation mode except between
     :meth:`logp` and :meth:`step`.
     """
 
@@ -74,6 +76,7 @@ class Policy:
         compute_dtype: torch.dtype = torch.float32,
         reference: ReferenceKind = "none",
         temperature: float = 1.0,
+        packing: bool = True,
     ) -> None:
         """Take a model as :func:`gruppo.model.load` or :func:`gruppo.model.attach` gives it.
 
@@ -85,6 +88,7 @@ class Policy:
             reference: "copy" keeps a frozen copy of the model as it is now; "adapter" takes the
                 model with its adapter off (no memory); "none" has no :meth:`ref_logp`.
             temperature: The sampling temperature, for all log-probabilities.
+            packing: Compute a prompt once for its group, if the model allows it (tried here).
 
         Raises:
             ValueError: a setting is bad, or "adapter" is asked for a model without one.
@@ -105,6 +109,7 @@ class Policy:
         self._kind = reference
         self._copy = self._frozen_copy() if reference == "copy" else None
         model.eval()
+        self.packed = packing and can_pack(model)
 
     @property
     def device(self) -> torch.device:
@@ -298,7 +303,13 @@ class Policy:
         kind = self.device.type
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=self._autocast):
             return completion_logp(
-                model, prompts, tokens, length, temperature=self.temperature, entropy=entropy
+                model,
+                prompts,
+                tokens,
+                length,
+                temperature=self.temperature,
+                entropy=entropy,
+                packed=self.packed,
             )
 
     def _frozen_copy(self) -> nn.Module:

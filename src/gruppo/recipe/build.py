@@ -20,7 +20,8 @@ from gruppo.objective import Objective
 from gruppo.policy import Policy
 from gruppo.recipe.problems import Splits, open_problems, refuse_wrong_grading
 from gruppo.recipe.recipe import ModelSection, Recipe
-from gruppo.reward import Function, RewardSet
+from gruppo.reward import Function, Math, Number, RewardSet
+from gruppo.reward.extract import find_answer
 from gruppo.rollout import Rollouts
 
 Report = Callable[[str], None]
@@ -166,7 +167,18 @@ def make_evaluator(
         problems=problems.held_out,
         settings=recipe.eval,
         sampling=recipe.rollout.sampling(opened.encoder.stop_tokens),
+        extract=_answer_reader(reward),
     )
+
+
+def _answer_reader(reward: RewardSet) -> Callable[[str], str | None] | None:
+    """How the task reward finds a completion's answer, for majority votes; None if it does not."""
+    task = next(part.reward for part in reward.parts if part.name == reward.task_names[0])
+    match task:
+        case Number(where=where) | Math(where=where):
+            return lambda text: find_answer(text, where).text or None
+        case _:
+            return None
 
 
 def _reference(recipe: Recipe, objective: Objective) -> Literal["none", "copy", "adapter"]:
@@ -183,4 +195,3 @@ def _device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f'model.device = "{name}": no CUDA device is usable here; use "auto"')
     return name
-

@@ -157,9 +157,9 @@ def _without(data: Any, places: Sequence[tuple[str | int, ...]]) -> Any:
     for keys in order:
         if not keys:
             return {}
-        parent = copy
+        parent: Any = copy
         for key in keys[:-1]:
-            parent = parent[key] if _has(parent, key) else None
+            parent = parent[key] if _has(parent, key) else {}
         if _has(parent, keys[-1]):
             del parent[keys[-1]]
         elif len(keys) > 1:  # a required key is absent: give up the table that lacks it

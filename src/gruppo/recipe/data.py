@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Final, Literal, Union
-
-from pydantic import Discriminator
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from gruppo.data import sources
 from gruppo.data.stream import Curriculum
 from gruppo.recipe.fields import kind_of
-from gruppo.recipe.widen import Wide
+from gruppo.recipe.widen import Wide, one_of
 
 SOURCES: Final = (
     sources.Jsonl,
@@ -29,10 +27,10 @@ SOURCES: Final = (
 _WIDE: Final = {
     kind_of(record): Wide(record=record, own={"weight": (float, 1.0)}) for record in SOURCES
 }
-AnySource = Annotated[
-    Union[tuple(wide.type for wide in _WIDE.values())],  # noqa: UP007 - made from a list
-    Discriminator("kind"),
-]
+if TYPE_CHECKING:
+    AnySource = Any  # the types below exist at run time only
+else:
+    AnySource = one_of(wide.type for wide in _WIDE.values())
 
 
 def make_source(table: Any) -> sources.DataSource:

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Final, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from gruppo.recipe.custom import Custom, expand, is_custom
 
@@ -20,7 +20,7 @@ NONE: Final = "none"
 
 
 @functools.cache
-def hints(record: type) -> Mapping[str, object]:
+def hints(record: type) -> Mapping[str, Any]:
     """Annotation of every field of a dataclass, in order."""
     resolved = get_type_hints(record, include_extras=True)
     return {entry.name: resolved[entry.name] for entry in fields(record)}

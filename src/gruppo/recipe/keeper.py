@@ -22,9 +22,9 @@ from gruppo.model.packaged import quiet
 from gruppo.objective import Coefficients
 from gruppo.policy import Policy, checkpoint
 from gruppo.policy.checkpoint import read_json, read_tensors, write_json, write_tensors
-from gruppo.record import Database, RunDirectory, dump_step, replay_command
 from gruppo.recipe.recipe import RecordSection
 from gruppo.recipe.widen import value_of
+from gruppo.record import Database, RunDirectory, dump_step, replay_command
 from gruppo.train import TrainState
 from gruppo.types import Group
 from gruppo.update import Targets
@@ -157,5 +157,5 @@ def _state_table(state: TrainState) -> dict[str, Any]:
 
 
 def _state_from(table: Mapping[str, Any], rng: Tensor) -> TrainState:
-    coefficients = Coefficients(**table["coefficients"])
-    return TrainState(**{**table, "coefficients": coefficients, "rng": rng})
+    rest: dict[str, Any] = {**table, "coefficients": Coefficients(**table["coefficients"])}
+    return TrainState(rng=rng, **rest)

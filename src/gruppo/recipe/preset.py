@@ -61,7 +61,9 @@ def _sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _with_overlong(data: dict[str, Any], buffer: int) -> dict[str, Any]:
     """Add the preset's length punishment, unless the recipe has one (of weight 0: none)."""
     reward = data.get("reward")
-    parts = reward.get("parts") if isinstance(reward, dict) else None
+    if not isinstance(reward, dict):
+        return data
+    parts = reward.get("parts")
     if not isinstance(parts, list) or any(_kind(part) == _OVERLONG for part in parts):
         return data
     rollout = data["rollout"] if isinstance(data["rollout"], dict) else {}

@@ -7,7 +7,7 @@ stay on one side. Nothing is shuffled here; the stream does that.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -47,6 +47,9 @@ class Joined:
     def __getitem__(self, index: int, /) -> Problem:
         number, row = self.place(index)
         return self.parts[number][row]
+
+    def __iter__(self) -> Iterator[Problem]:
+        return (problem for part in self.parts for problem in part)
 
     def place(self, index: int) -> tuple[int, int]:
         """Number of the part that ``index`` falls into, and the position there."""

@@ -8,39 +8,42 @@ and ``shape`` as in ``gruppo.reward.Part``. A reward function of one's own is
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
-from typing import Annotated, Any, ClassVar, Final, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from pydantic import Discriminator
-
-from gruppo.recipe.widen import Wide
+from gruppo.recipe.widen import Wide, one_of
 from gruppo.reward import KINDS, SHAPE_KINDS, Function, Part, RewardSet
+from gruppo.reward.countdown import Countdown
 
 _UNBOUNDED: Final = 1 << 40  # stands for the rollout's max_tokens until that is known
 
 
+RECORDS: Final = {**KINDS, "countdown": Countdown}
+"""Rewards that a recipe can name, by kind."""
+
+
 def _wide(kind: str) -> Wide:
     return Wide(
-        record=KINDS[kind],
+        record=RECORDS[kind],
         own={
             "name": (str, MISSING),
             "weight": (float, 1.0),
             "minimum": (float, 0.0),
             "shape": (bool, kind in SHAPE_KINDS),
         },
-        renamed={"name": "function"} if KINDS[kind] is Function else {},
+        renamed={"name": "function"} if RECORDS[kind] is Function else {},
         optional=("max_tokens",),  # of a length term: the rollout's, unless another is given
     )
 
 
-_WIDE: Final = {kind: _wide(kind) for kind in KINDS}
-AnyPart = Annotated[
-    Union[tuple(wide.type for wide in _WIDE.values())],  # noqa: UP007 - made from a list
-    Discriminator("kind"),
-]
+_WIDE: Final = {kind: _wide(kind) for kind in RECORDS}
+if TYPE_CHECKING:
+    AnyPart = Any  # the types below exist at run time only
+else:
+    AnyPart = one_of(wide.type for wide in _WIDE.values())
 
 
 def make_part(table: Any, *, max_tokens: int) -> Part:
-    """The reward part that a flat record means; ``max_tokens`` is the budget where it gives none."""
+    """The reward part that a flat record means; ``max_tokens`` is the budget if it gives none."""
     wide = _WIDE[table.kind]
     return Part(reward=wide.make(table, max_tokens=max_tokens), **wide.extra(table))
 

@@ -64,9 +64,7 @@ def start(
 
 
 @contextmanager
-def resume(
-    path: Path, report: Report, *, callbacks: Sequence[Callback] = ()
-) -> Iterator[Session]:
+def resume(path: Path, report: Report, *, callbacks: Sequence[Callback] = ()) -> Iterator[Session]:
     """Open the run in ``path`` as it was after its newest intact checkpoint.
 
     Raises:
@@ -127,13 +125,24 @@ def _open(
     return Session(directory=directory, database=database, parts=parts, run=run, state=None)
 
 
+def restore(parts: Parts, folder: Path) -> TrainState:
+    """Put everything as it was when the checkpoint ``folder`` was saved; returns the loop's state.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or the data have changed.
+        OSError: a file is missing or damaged.
+    """
+    state = read_checkpoint(folder, parts.policy)
+    parts.rollouts.restore(state.rollouts)
+    parts.opened.engine.load(None, parts.policy.version)
+    torch.set_rng_state(state.rng)
+    return state
+
+
 def _restored(session: Session, folder: Path) -> Session:
     """The session as it was when ``folder`` was saved; what was recorded later is dropped."""
     run = session.run
-    state = read_checkpoint(folder, session.parts.policy)
-    run.rollouts.restore(state.rollouts)
-    run.engine.load(None, run.policy.version)
-    torch.set_rng_state(state.rng)
+    state = restore(session.parts, folder)
     session.database.truncate_after(state.step)
     session.database.write_event(state.step, "resumed", {"checkpoint": folder.name})
     assert isinstance(run.keeper, RunKeeper), "made by _open"
@@ -145,4 +154,3 @@ def _restored(session: Session, folder: Path) -> Session:
         run=run,
         state=state,
     )
-

@@ -36,7 +36,7 @@ def _table(path: tuple[str, ...], table: Mapping[str, object]) -> Iterator[str]:
         name = ".".join(_key(part) for part in inner)
         if isinstance(value, Mapping):
             yield from ["", f"[{name}]", *_table(inner, value)]
-        elif _is_tables(value):
+        elif isinstance(value, list | tuple) and _is_tables(value):
             for entry in value:
                 yield from ["", f"[[{name}]]", *_table(inner, entry)]
 

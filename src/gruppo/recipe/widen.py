@@ -6,10 +6,13 @@ beside a weight. The types are made from the records, so that no field is repeat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, reduce
+from operator import or_
+from typing import Annotated, Any
+
+from pydantic import Discriminator
 
 from gruppo.recipe.fields import hints
 
@@ -72,13 +75,20 @@ class Wide:
             self.record(**settings)
 
     def _field(self, entry: Field[Any]) -> tuple[str, Any, Any]:
-        name, annotation = entry.name, hints(self.record)[entry.name]
+        name = entry.name
+        annotation: Any = hints(self.record)[name]
         shown = self.renamed.get(name, name)
         if entry.default_factory is not MISSING:
             return shown, annotation, field(default_factory=entry.default_factory)
         if name in self.optional and entry.default is MISSING:
             return shown, annotation | None, field(default=None)
         return shown, annotation, _default(entry.default)
+
+
+def one_of(types: Iterable[type]) -> Any:
+    """Annotation of a field that holds one of ``types``, told apart by ``kind``."""
+    union: Any = reduce(or_, types)
+    return Annotated[union, Discriminator("kind")]
 
 
 def value_of(record: Any, name: str) -> Any:

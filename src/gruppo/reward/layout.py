@@ -79,16 +79,19 @@ class TagCount:
     r"""A quarter for each of four tags, with its line breaks, that occurs exactly once (Open-R1).
 
     The patterns are ``<think>\n``, ``\n</think>\n``, ``\n<answer>\n`` and ``\n</answer>``. It
-    leads a model to the layout step by step; ``Format`` then asks for the whole.
+    leads a model to the layout step by step; ``Format`` then asks for the whole. Without
+    ``newlines`` the bare tags count.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     kind: Literal["tag_count"] = "tag_count"
+    newlines: bool = True
 
     def __call__(self, problem: Problem, completions: Sequence[Completion]) -> list[float]:
         """Grade ``completions``; the problem is not read."""
-        patterns = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
+        lined = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
+        patterns = lined if self.newlines else _TAGS
         return [0.25 * sum(c.text.count(p) == 1 for p in patterns) for c in completions]
 
 

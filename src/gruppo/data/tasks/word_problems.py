@@ -4,8 +4,8 @@ Every problem has a *canonical key* for each step: the arithmetic and its operan
 commutes (``"+ 3 4"`` for 3 + 4 and 4 + 3). The held-out split goes by these keys, so a pair of
 numbers with an operation that is held out appears in training in no order, wording or with no
 names; a two-step problem is held out if one of its steps is. Over 2..12 there are 66 sums, 55
-differences, 66 products and 121 exact quotients: **308 keys**, each in 5 to 11 sentence forms with
-80 names and 42 things.
+differences, 66 products and 121 exact quotients: **308 keys**, each in 10 or 11 sentence forms with
+80 names and 58 things.
 
 It reads no file and knows no reward: the answer is the number as text.
 """

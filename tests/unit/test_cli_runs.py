@@ -1,0 +1,188 @@
+"""Whole runs of a tiny random model through the command line, in this process."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gruppo.cli import main
+from gruppo.cli.progress import Reporter
+from gruppo.interrupt import Interrupted
+from gruppo.policy import checkpoint
+from gruppo.record import Database
+
+SETTINGS = {
+    "train.steps": "4",
+    "rollout.prompts_per_step": "2",
+    "rollout.group_size": "2",
+    "rollout.max_tokens": "6",
+    "data.held_out": "3",
+    "data.train.0.size": "60",
+    "optim.lr": "1e-3",
+    "record.save_every": "2",
+    "record.keep_last": "9",
+    # random text differs in it, so there is a gradient
+    "reward.parts.answer": '{name = "answer", kind = "regex", pattern = "[a-m]"}',
+}
+
+
+def arguments(model: Path, name: str, **changes: str) -> list[str]:
+    settings = SETTINGS | {"model.name": str(model), "record.name": name} | changes
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
+    with Database(run / "run.sqlite", read_only=True) as database:
+        series = database.metrics()
+    return {name: points for name, points in series.items() if not name.startswith("time/")}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps, with checkpoints of steps 2 and 4."""
+    torch.set_num_threads(1)  # as in the tests: sums are equal only for one number of threads
+    folder = tmp_path_factory.mktemp("runs")
+    command = ["train", "quickstart", *arguments(tiny_folder, "whole")]
+    assert main([*command, "--set", f"record.folder={folder}"]) == 0
+    return folder / "whole"
+
+
+def test_a_run_is_kept_whole(finished: Path):
+    assert checkpoint.steps(finished / "checkpoints") == [2, 4]
+    assert [step for step, _ in metrics(finished)["reward/total_mean"]] == [1, 2, 3, 4]
+    weights = load_file(finished / "checkpoints" / "00000004" / "model" / "model.safetensors")
+    before = load_file(finished / "checkpoints" / "00000002" / "model" / "model.safetensors")
+    assert any(not torch.equal(weights[name], before[name]) for name in weights)  # it learned
+
+
+def test_the_end_says_before_and_after_and_what_next(tiny_folder, tmp_path, capsys):
+    folder = f"record.folder={tmp_path}"
+    short = arguments(tiny_folder, "x", **{"train.steps": "1"})
+    assert main(["train", "quickstart", *short, "--set", folder]) == 0
+    shown = capsys.readouterr().out
+    assert "step 1/1  reward" in shown
+    assert "3 held-out problems" in shown
+    assert shown.count("before (reward") == shown.count("after (reward") == 2
+    assert f"gruppo chat {tmp_path / 'x'}" in shown
+
+
+def test_resume_equals_the_unbroken_run_to_the_last_bit(finished, tiny_folder, tmp_path, capsys):
+    command = ["train", "quickstart", *arguments(tiny_folder, "cut")]
+    assert main([*command, "--set", f"record.folder={tmp_path}"]) == 0
+    cut = tmp_path / "cut"
+    for file in sorted((cut / "checkpoints" / "00000004").rglob("*")):
+        if file.is_file():
+            file.write_bytes(b"damaged")  # so that step 2 is the newest intact one
+    capsys.readouterr()
+    assert main(["resume", str(cut)]) == 0
+    shown = capsys.readouterr().out
+    assert "damaged, passed over" in shown
+    assert "going on after step 2 of 4" in shown
+    same = metrics(finished)
+    for name, points in metrics(cut).items():
+        assert str(points) == str(same[name]), name  # as text, because NaN differs from itself
+    for part in ("model/model.safetensors", "state.safetensors"):
+        ours = load_file(cut / "checkpoints" / "00000004" / part)
+        theirs = load_file(finished / "checkpoints" / "00000004" / part)
+        assert {name: torch.equal(ours[name], theirs[name]) for name in theirs} == dict.fromkeys(
+            ours, True
+        )
+
+
+def test_a_run_folder_in_use_is_refused_and_left_alone(finished, tiny_folder, capsys):
+    before = sorted(finished.rglob("*"))
+    command = ["train", "quickstart", *arguments(tiny_folder, "whole")]
+    assert main([*command, "--set", f"record.folder={finished.parent}"]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_a_model_that_is_not_there_leaves_no_run_folder(tmp_path, capsys):
+    command = ["train", "quickstart", *arguments(tmp_path / "nowhere", "x")]
+    assert main([*command, "--set", f"record.folder={tmp_path / 'runs'}"]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_eval_of_a_run_gives_pass_at_k(finished, capsys):
+    command = ["eval", str(finished), "--step", "2", "--set", "eval.samples=2"]
+    assert main([*command, "--set", "eval.k=[1, 2]"]) == 0
+    shown = capsys.readouterr()
+    assert "3 problems" in shown.out
+    assert "sampled/pass@2" in shown.out
+    assert "after step 2" in shown.err
+
+
+def test_export_gives_a_model_folder_and_samples(finished, tmp_path, capsys):
+    assert main(["export", "weights", str(finished), str(tmp_path / "model")]) == 0
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    kept = load_file(finished / "checkpoints" / "00000004" / "model" / "model.safetensors")
+    assert all(torch.equal(exported[name], kept[name]) for name in kept)
+    assert main(["export", "weights", str(finished), str(tmp_path / "model")]) == 2
+    assert main(["export", "samples", str(finished), str(tmp_path / "s.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    capsys.readouterr()
+    assert main(["export", "weights", str(finished), str(tmp_path / "y"), "--step", "3"]) == 2
+    assert "checkpoints of steps [2, 4]" in capsys.readouterr().err
+
+
+def test_chat_answers_once_and_the_same_each_time(finished, capsys):
+    command = ["chat", str(finished), "--prompt", "hello", "--set", "rollout.max_tokens=9"]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert main(command) == 0
+    assert capsys.readouterr().out == first
+    assert len(first) > 1
+
+
+def test_replay_shows_a_step_and_records_nothing(finished, capsys):
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+    assert main(["resume", str(finished), "--replay", "3"]) == 0
+    (shown,) = [
+        line.split()[1]
+        for line in capsys.readouterr().err.splitlines()
+        if line.split()[:1] == ["reward/total_mean"]
+    ]
+    assert float(shown) == pytest.approx(dict(metrics(finished)["reward/total_mean"])[3], abs=1e-5)
+    after = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+    assert {f: t for f, t in after.items() if not f.name.startswith("run.sqlite")} == {
+        f: t for f, t in before.items() if not f.name.startswith("run.sqlite")
+    }
+
+
+def test_an_interrupt_saves_the_last_finished_step(tiny_folder, tmp_path, monkeypatch):
+    shown = Reporter.__call__
+
+    def interrupt(self: Reporter, step: int, *rest: Any) -> None:
+        if step == 3:  # before the step is closed
+            raise Interrupted(signal.SIGTERM)
+        shown(self, step, *rest)
+
+    monkeypatch.setattr(Reporter, "__call__", interrupt)
+    command = ["train", "quickstart", *arguments(tiny_folder, "cut", **{"record.save_every": "9"})]
+    assert main([*command, "--set", f"record.folder={tmp_path}"]) == 143
+    assert checkpoint.steps(tmp_path / "cut" / "checkpoints") == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_process_in_order(tiny_folder, tmp_path, number, code):
+    command = [sys.executable, "-m", "gruppo", "train", "quickstart"]
+    command += arguments(tiny_folder, "cut", **{"train.steps": "100000"})
+    command += ["--set", f"record.folder={tmp_path}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if line.split("/")[0].split() == ["step", "3"])
+        process.send_signal(number)
+        sent = time.monotonic()
+        assert process.wait(timeout=30) == code
+        assert time.monotonic() - sent < 10
+    assert checkpoint.steps(tmp_path / "cut" / "checkpoints")[-1] >= 3
