@@ -38,6 +38,7 @@ class Interrupts:
     """Turns signals into ``Interrupted``, except while ``hold`` is in force."""
 
     held: bool = False
+    owner: int = field(default_factory=os.getpid)
     pending: list[int] = field(default_factory=list)
 
     @contextmanager
@@ -53,7 +54,8 @@ class Interrupts:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # None: it was set outside of Python
+                    signal.signal(number, handler)
 
     def hold(self) -> None:
         """From here on a first signal waits for ``release``."""
@@ -65,7 +67,9 @@ class Interrupts:
         if self.pending:
             raise Interrupted(self.pending[0])
 
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+    def _on_signal(self, signum: int, _: FrameType | None) -> None:
+        if os.getpid() != self.owner:  # a forked child: nothing here is its business
+            os._exit(128 + signum)
         if self.pending:
             for child in multiprocessing.active_children():
                 child.kill()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from gruppo.objective import Coefficients, Objective
 from gruppo.policy import Policy
 from gruppo.rollout import Collected, Rollouts, tensorise
 from gruppo.selftest import self_test
+from gruppo.settings import TrainSettings
 from gruppo.types import Callback, Engine, Group
-from gruppo.update import Targets, UpdateResult, UpdateSettings, gather_evidence, update
+from gruppo.update import Targets, UpdateResult, gather_evidence, update
 
 MAX_SKIPPED = 3
 """Non-finite steps in a row that stop the run: one is bad luck, three are a broken run."""
@@ -33,59 +34,6 @@ MAX_UNSCORED = 0.2
 """Share of unscored completions above which, MAX_SKIPPED steps running, the reward is broken."""
 
 End = Literal["steps", "time", "patience"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSettings:
-    """How long to train, and how each rollout batch is used.
-
-    ``inner_epochs`` (μ) and ``minibatches`` give the optimizer steps per rollout batch;
-    ``tokens_per_microbatch`` bounds memory and changes no result. ``reference_sync_steps`` > 0
-    moves the reference every so many steps by ``ref ← mixup·policy + (1 - mixup)·ref``
-    (arXiv:2404.09656). ``time_limit_s`` > 0 ends the run, with a checkpoint, before a step that
-    would not finish within it.
-    """
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    steps: int = 100
-    inner_epochs: int = 1
-    minibatches: int = 1
-    tokens_per_microbatch: int = 8192
-    seed: int = 0
-    reference_sync_steps: int = 0
-    reference_mixup: float = 1.0
-    time_limit_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        counts = {
-            "steps": self.steps,
-            "inner_epochs": self.inner_epochs,
-            "minibatches": self.minibatches,
-            "tokens_per_microbatch": self.tokens_per_microbatch,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} = {count}: must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed = {self.seed}: must not be negative")
-        if not 0 < self.reference_mixup <= 1:
-            raise ValueError(f"reference_mixup = {self.reference_mixup}: must be in (0, 1]")
-
-    @property
-    def num_updates(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.steps * self.inner_epochs * self.minibatches
-
-    def update(self, *, skip_dead: bool) -> UpdateSettings:
-        """Return the part that ``update`` reads."""
-        return UpdateSettings(
-            inner_epochs=self.inner_epochs,
-            minibatches=self.minibatches,
-            tokens_per_microbatch=self.tokens_per_microbatch,
-            skip_dead=skip_dead,
-            seed=self.seed,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,29 +26,8 @@ from gruppo.objective import (
     make_rows,
 )
 from gruppo.policy import Policy, UpdateReport
+from gruppo.settings import UpdateSettings
 from gruppo.types import Evidence, Rollout
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateSettings:
-    """How a rollout batch is used.
-
-    ``inner_epochs`` passes over it (μ), each cut into ``minibatches`` optimizer steps of whole
-    groups. ``tokens_per_microbatch`` bounds prompt and completion tokens of one forward pass; it
-    changes memory and speed, not results. ``skip_dead`` leaves rows that cannot contribute out of
-    the passes (their tokens stay in the normalisers).
-    """
-
-    inner_epochs: int = 1
-    minibatches: int = 1
-    tokens_per_microbatch: int = 8192
-    skip_dead: bool = True
-    seed: int = 0
-
-    @property
-    def num_updates(self) -> int:
-        """Optimizer steps per rollout batch."""
-        return self.inner_epochs * self.minibatches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

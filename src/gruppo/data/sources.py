@@ -196,8 +196,9 @@ class Gym:
 
     Args:
         task: its name ("letter_counting").
-        size: how many problems.
+        size: how many problems are generated.
         seed: another seed gives others.
+        distinct: leave out a problem whose question came before (there are then fewer than size).
         options: settings of the task.
         prompting: how the question becomes a prompt.
         label: name of the data set in metrics; the task's name if None.
@@ -260,8 +261,9 @@ class TaskSource:
 
     Args:
         name: the task.
-        size: how many problems.
+        size: how many problems are generated.
         seed: another seed gives others.
+        distinct: leave out a problem whose question came before (there are then fewer than size).
         options: settings of the task, such as ``{"operations": ["add"], "high": 20}``.
         prompting: how the question becomes a prompt; ``info`` columns can be placeholders.
         label: name of the data set in metrics; the task's name if None.
@@ -277,6 +279,7 @@ class TaskSource:
     name: str
     size: int = 4000
     seed: int = 0
+    distinct: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
     prompting: Prompting = field(default_factory=Prompting)
     label: str | None = None
@@ -317,9 +320,14 @@ class TaskSource:
             ValueError: if the prompt template names a column that the task has not.
         """
         task, label = self.task(), self.label or self.name
+        items = {index: task(self.seed, index) for index in range(self.size)}
+        if self.distinct:
+            # later ones first, so that the earliest of equal questions stays
+            last = {items[index].question: index for index in reversed(items)}
+            items = {index: items[index] for index in sorted(last.values())}
         return [
-            self._problem(task(self.seed, index), f"{self.name}/{self.seed}/{index}", label)
-            for index in range(self.size)
+            self._problem(item, f"{self.name}/{self.seed}/{index}", label)
+            for index, item in items.items()
         ]
 
     def _problem(self, item: Item, name: str, label: str) -> Problem:

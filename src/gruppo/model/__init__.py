@@ -1,18 +1,48 @@
-"""Language models: opening them, prompts, adapters, attention and log-probabilities."""
+"""Language models: opening them, prompts, adapters, attention and log-probabilities.
 
-from gruppo.model.adapter import (
-    Lora,
-    attach,
-    base_model,
-    is_adapted,
-    merged_weights,
-    without_adapter,
-)
-from gruppo.model.logprob import Scored, can_pack, completion_logp
-from gruppo.model.packaged import CATALOG, PackagedModel, cache_folder
-from gruppo.model.precision import cast_frozen, compute_dtype, is_autocast
-from gruppo.model.prompt import Encoder, end_ids
-from gruppo.model.source import Loaded, load
+Names are imported when they are first used: settings such as a recipe's records must not wait for
+transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gruppo.model.adapter import (
+        Lora,
+        attach,
+        base_model,
+        is_adapted,
+        merged_weights,
+        without_adapter,
+    )
+    from gruppo.model.logprob import Scored, can_pack, completion_logp
+    from gruppo.model.packaged import CATALOG, PackagedModel, cache_folder
+    from gruppo.model.precision import cast_frozen, compute_dtype, is_autocast
+    from gruppo.model.prompt import Encoder, end_ids
+    from gruppo.model.source import Loaded, load
+
+_HOMES = {
+    "CATALOG": "gruppo.model.packaged",
+    "Encoder": "gruppo.model.prompt",
+    "Loaded": "gruppo.model.source",
+    "Lora": "gruppo.model.adapter",
+    "PackagedModel": "gruppo.model.packaged",
+    "Scored": "gruppo.model.logprob",
+    "attach": "gruppo.model.adapter",
+    "base_model": "gruppo.model.adapter",
+    "cache_folder": "gruppo.model.packaged",
+    "can_pack": "gruppo.model.logprob",
+    "cast_frozen": "gruppo.model.precision",
+    "completion_logp": "gruppo.model.logprob",
+    "compute_dtype": "gruppo.model.precision",
+    "end_ids": "gruppo.model.prompt",
+    "is_adapted": "gruppo.model.adapter",
+    "is_autocast": "gruppo.model.precision",
+    "load": "gruppo.model.source",
+    "merged_weights": "gruppo.model.adapter",
+    "without_adapter": "gruppo.model.adapter",
+}
 
 __all__ = [
     "CATALOG",
@@ -35,3 +65,10 @@ __all__ = [
     "merged_weights",
     "without_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return vars(import_module(_HOMES[name]))[name]

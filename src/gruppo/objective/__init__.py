@@ -14,7 +14,6 @@ from gruppo.objective.batch import (
 from gruppo.objective.composition import (
     Coefficients,
     Objective,
-    OwnWeights,
     PlainCorrection,
     PlainSelect,
     PlainSurrogate,
@@ -253,7 +252,6 @@ __all__ = [
     "Objective",
     "OffPolicySequenceMask",
     "Opo",
-    "OwnWeights",
     "PasskAnalytic",
     "PasskBest",
     "Penalty",

@@ -7,7 +7,7 @@ that cannot mean anything are refused when the objective is made, with the reaso
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 from gruppo.objective.correction import (
     Correction,
@@ -72,11 +72,6 @@ PlainSelect = TopEntropy | ClipCov | KlCovTokens
 PlainCorrection = TokenTruncate | TokenMask | SequenceTruncate | SequenceMask | GeometricMask
 
 
-@runtime_checkable
-class OwnWeights(Weights, Protocol):
-    """Weights from outside the library: any callable of (mask, group, totals)."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coefficients:
     """β and α in force for one optimizer step (controllers may move them between steps)."""
@@ -114,7 +109,7 @@ class Objective:
 
     credit: PlainCredit | KLInReward | Reweight | Credit
     surrogate: PlainSurrogate | Surrogate
-    weights: PlainWeights | OwnWeights
+    weights: PlainWeights | Weights
     select: PlainSelect | Select | None = None
     keep: OffPolicySequenceMask | Keep | None = None
     correction: PlainCorrection | Correction | None = None

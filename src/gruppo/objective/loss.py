@@ -111,6 +111,20 @@ class Loss:
 
     ``value`` carries the gradient; ``policy``, ``kl`` and ``entropy`` are detached sums over the
     rows with their coefficients, and add up over micro-batches and ranks.
+
+    Example:
+        >>> from gruppo.objective import DrGrpo, PpoClip, TokenMean
+        >>> objective = Objective(credit=DrGrpo(), surrogate=PpoClip(), weights=TokenMean())
+        >>> mask, group = torch.tensor([[True], [True]]), torch.tensor([0, 0])
+        >>> rows = make_rows(objective, advantage=torch.tensor([0.5, -0.5]), mask=mask,
+        ...     group=group, scored=torch.tensor([True, True]), old_logp=None, engine_logp=None,
+        ...     ref_logp=None, totals=Totals.of(mask, group), selected=None)
+        >>> logp = torch.tensor([[-1.0], [-2.0]], requires_grad=True)
+        >>> live = Live(logp=logp, entropy=None, mask=mask)
+        >>> compute_loss(objective, live, rows, Coefficients()).value.backward()
+        >>> logp.grad
+        tensor([[-0.2500],
+                [ 0.2500]])
     """
 
     value: Float[Tensor, ""]
@@ -214,20 +228,6 @@ def compute_loss(objective: Objective, live: Live, rows: Rows, coefficients: Coe
 
     Returns:
         The micro-batch's contribution; sum over micro-batches and ranks, divide by nothing.
-
-    Example:
-        >>> from gruppo.objective import DrGrpo, PpoClip, TokenMean
-        >>> objective = Objective(credit=DrGrpo(), surrogate=PpoClip(), weights=TokenMean())
-        >>> mask, group = torch.tensor([[True], [True]]), torch.tensor([0, 0])
-        >>> rows = make_rows(objective, advantage=torch.tensor([0.5, -0.5]), mask=mask,
-        ...     group=group, scored=torch.tensor([True, True]), old_logp=None, engine_logp=None,
-        ...     ref_logp=None, totals=Totals.of(mask, group), selected=None)
-        >>> logp = torch.tensor([[-1.0], [-2.0]], requires_grad=True)
-        >>> live = Live(logp=logp, entropy=None, mask=mask)
-        >>> compute_loss(objective, live, rows, Coefficients()).value.backward()
-        >>> logp.grad
-        tensor([[-0.2500],
-                [ 0.2500]])
     """
     live = _clean_live(live, rows)
     old, engine = _denominators(objective, live, rows)

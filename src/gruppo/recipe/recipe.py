@@ -21,7 +21,7 @@ from gruppo.recipe.reward import RewardSection
 from gruppo.record import TensorBoard, Trackio, Wandb
 from gruppo.record.database import Detail
 from gruppo.rollout import RolloutSettings
-from gruppo.train import TrainSettings
+from gruppo.settings import TrainSettings
 
 _FORBID: Final = {"extra": "forbid"}
 _DEVICE: Final = re.compile(r"auto|cpu|mps|xpu(:\d+)?|cuda(:\d+)?")

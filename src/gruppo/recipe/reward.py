@@ -12,30 +12,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from gruppo.recipe.widen import Wide, one_of
 from gruppo.reward import KINDS, SHAPE_KINDS, Function, Part, RewardSet
-from gruppo.reward.countdown import Countdown
 
 _UNBOUNDED: Final = 1 << 40  # stands for the rollout's max_tokens until that is known
 
 
-RECORDS: Final = {**KINDS, "countdown": Countdown}
-"""Rewards that a recipe can name, by kind."""
-
-
 def _wide(kind: str) -> Wide:
     return Wide(
-        record=RECORDS[kind],
+        record=KINDS[kind],
         own={
             "name": (str, MISSING),
             "weight": (float, 1.0),
             "minimum": (float, 0.0),
             "shape": (bool, kind in SHAPE_KINDS),
         },
-        renamed={"name": "function"} if RECORDS[kind] is Function else {},
+        renamed={"name": "function"} if KINDS[kind] is Function else {},
         optional=("max_tokens",),  # of a length term: the rollout's, unless another is given
     )
 
 
-_WIDE: Final = {kind: _wide(kind) for kind in RECORDS}
+_WIDE: Final = {kind: _wide(kind) for kind in KINDS}
 if TYPE_CHECKING:
     AnyPart = Any  # the types below exist at run time only
 else:

@@ -16,6 +16,8 @@ from gruppo.reward.base import (
     refused,
     ungraded,
 )
+from gruppo.reward.control import Random
+from gruppo.reward.countdown import Countdown
 from gruppo.reward.language import LanguageConsistency
 from gruppo.reward.layout import Format, OpenR1Format, ReasoningSteps, TagCount
 from gruppo.reward.math_answer import Math
@@ -29,6 +31,7 @@ from gruppo.reward.shape import (
 
 KINDS: dict[str, type] = {
     "cosine_length": CosineLength,
+    "countdown": Countdown,
     "exact": Exact,
     "format": Format,
     "function": Function,
@@ -38,6 +41,7 @@ KINDS: dict[str, type] = {
     "math": Math,
     "number": Number,
     "open_r1_format": OpenR1Format,
+    "random": Random,
     "reasoning_steps": ReasoningSteps,
     "regex": Regex,
     "repetition": Repetition,
@@ -53,6 +57,7 @@ __all__ = [
     "SHAPE_KINDS",
     "BatchReward",
     "CosineLength",
+    "Countdown",
     "Exact",
     "Format",
     "Function",
@@ -64,6 +69,7 @@ __all__ = [
     "Number",
     "OpenR1Format",
     "Part",
+    "Random",
     "ReasoningSteps",
     "Regex",
     "Repetition",
