@@ -1,11 +1,12 @@
 """Shared fixtures: the golden cases, and a tiny random model with a byte tokenizer."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import config as shape_checks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -24,6 +25,17 @@ CHAT_TEMPLATE = (
 def _threads() -> None:
     """One thread: tiny tensors gain nothing from more, and results are the same everywhere."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def unchecked() -> Iterator[None]:
+    """No shape checks where thousands of losses are computed: they take four fifths of the time.
+
+    The golden tests run the same code with them.
+    """
+    shape_checks.update("jaxtyping_disable", True)
+    yield
+    shape_checks.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from gruppo.engine.base import check_sampling
 from gruppo.objective import majority, pass_at_k, standard_error
 from gruppo.reward.base import RewardSet
 from gruppo.types import Completion, Encode, Engine, Problem, Request, Sampling, Score
@@ -24,11 +25,11 @@ class EvalSettings:
     """How to evaluate.
 
     ``greedy`` gives one deterministic completion a problem. ``samples`` > 0 adds that many drawn
-    ones at ``temperature`` / ``top_p``, for pass@k at each ``k`` and majority@samples. A
-    completion is right if its task reward is at least ``correct_at``. ``max_tokens = 0`` takes
-    the rollout's. ``problems = 0`` takes all held-out problems. ``every`` steps during training
-    (0: only before and after); ``patience`` evaluations without a better pass@1 stop the run
-    (0: never).
+    ones at ``temperature`` / ``top_p``, for pass@k at each ``k`` and majority@samples. A completion
+    is right if its task reward is at least ``correct_at``. ``max_tokens = 0`` takes the rollout's.
+    ``problems = 0`` takes all held-out problems. ``every`` steps during training (0: only before
+    and after), always with the draws of ``seed``; ``patience`` evaluations without a better pass@1
+    stop the run (0: never).
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -46,6 +47,19 @@ class EvalSettings:
     patience: int = 0
 
     def __post_init__(self) -> None:
+        for name, count in (
+            ("every", self.every),
+            ("problems", self.problems),
+            ("samples", self.samples),
+            ("patience", self.patience),
+            ("seed", self.seed),
+        ):
+            if count < 0:
+                raise ValueError(f"{name} = {count}: must not be negative")
+        check_sampling(
+            Sampling(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p),
+            prefix="",
+        )
         if not self.greedy and self.samples < 1:
             raise ValueError("samples = 0 with greedy = false leaves nothing to evaluate")
         if self.samples and (bad := [k for k in self.k if not 1 <= k <= self.samples]):

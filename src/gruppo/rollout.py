@@ -15,7 +15,16 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from gruppo.data.stream import ProblemStream
+from gruppo.engine.base import check_sampling
 from gruppo.errors import ServiceError
+from gruppo.objective import (
+    ExcludeBefore,
+    KeepTruncated,
+    MaskAfter,
+    Penalty,
+    Truncation,
+    ZeroReward,
+)
 from gruppo.reward.base import RewardSet
 from gruppo.types import (
     Completion,
@@ -36,16 +45,22 @@ from gruppo.types import (
 class RolloutSettings:
     """What one rollout batch is made of.
 
+    ``group_size`` completions are drawn for each of ``prompts_per_step`` problems, of at most
+    ``max_tokens`` tokens, at ``temperature``; a string of ``stop`` ends one. ``top_p``, ``top_k``
+    and ``min_p`` filter the sampler, which needs ``allow_truncated_sampling``: what is drawn is
+    then not quite the policy that is trained.
+
     ``filter`` says what happens to dead groups (all task rewards equal, so no signal): "keep"
     trains on them anyway; "skip" leaves them out of the forward and backward passes but in the
     normalisers, so the gradient is that of "keep"; "drop" takes them out of the batch; "resample"
-    draws further problems until ``prompts_per_step`` live groups are there (DAPO,
-    arXiv:2503.14476, §3.2), at most ``max_gen_batches`` times, then ``on_limit``.
-    ``oversample`` draws that many times the missing number at once; a surplus is kept for the
-    next step. ``truncation`` is what becomes of completions cut by ``max_tokens``: "none" trains
-    them as scored, "mask_after" lets them shape the baseline but trains none of their tokens,
-    "exclude_before" treats them as unscored, "zero_reward" sets their reward to 0, "penalty"
-    replaces it by ``truncation_penalty`` (if negative) or multiplies it by it (if not).
+    draws further problems until ``prompts_per_step`` live groups are there (DAPO, arXiv:2503.14476,
+    §3.2), at most ``max_gen_batches`` times, then ``on_limit``. ``filter_metric`` says by which
+    reward drop and resample judge. ``oversample`` draws that many times the missing number at once;
+    a surplus is kept for the next step. ``truncation`` is what becomes of completions cut by
+    ``max_tokens``: "none" trains them as scored, "mask_after" lets them shape the baseline but
+    trains none of their tokens, "exclude_before" treats them as unscored, "zero_reward" sets their
+    reward to 0, "penalty" replaces it by ``truncation_penalty`` (if negative) or multiplies it by
+    it (if not).
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -81,8 +96,13 @@ class RolloutSettings:
             raise ValueError(
                 f"temperature = {self.temperature}: training needs samples that differ; use 1.0"
             )
-        if self.oversample < 1:
-            raise ValueError(f"oversample = {self.oversample}: must be at least 1.0")
+        check_sampling(self.sampling(()), prefix="")
+        if not 1 <= self.oversample < math.inf:
+            raise ValueError(f"oversample = {self.oversample}: must be at least 1.0 and finite")
+        if not math.isfinite(self.truncation_penalty):
+            raise ValueError(
+                f"truncation_penalty = {self.truncation_penalty}: must be finite, such as -0.5"
+            )
         filtered = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
         if filtered and not self.allow_truncated_sampling:
             raise ValueError(
@@ -90,6 +110,18 @@ class RolloutSettings:
                 "sampler draws from another distribution than the one that is trained; turn the "
                 "filters off or set allow_truncated_sampling = true"
             )
+
+    @property
+    def truncated_rows(self) -> Truncation:
+        """The rule that ``truncation`` names."""
+        rules = (
+            KeepTruncated(),
+            MaskAfter(),
+            ExcludeBefore(),
+            ZeroReward(),
+            Penalty(value=self.truncation_penalty),
+        )
+        return {rule.kind: rule for rule in rules}[self.truncation]
 
     def sampling(self, stop_tokens: tuple[int, ...]) -> Sampling:
         """Return the engine's settings, with the tokenizer's end tokens."""
@@ -252,7 +284,11 @@ def decode_group(plain: Mapping[str, Any]) -> Group:
     problem = plain["problem"]
     return Group(
         problem=Problem(
-            **{**problem, "prompt": tuple(Message(**turn) for turn in problem["prompt"])}
+            id=problem["id"],
+            prompt=tuple(Message(**turn) for turn in problem["prompt"]),
+            answer=problem["answer"],
+            info=problem["info"],
+            source=problem["source"],
         ),
         prompt_tokens=tuple(plain["prompt_tokens"]),
         completions=tuple(
@@ -283,28 +319,24 @@ def decode_group(plain: Mapping[str, Any]) -> Group:
 def tensorise(groups: Sequence[Group], reward: RewardSet, settings: RolloutSettings) -> Rollout:
     """Lay the groups out as one batch of rows, in group order, padded on the right.
 
-    The truncation policy is applied here: to the mask ("mask_after"), else to the totals.
+    ``settings.truncation`` is applied: to the mask ("mask_after"), else to the totals.
     """
     rows = [pair for g in groups for pair in zip(g.completions, g.scores, strict=True)]
     width = max((len(completion.tokens) for completion, _ in rows), default=0)
     length = torch.tensor([len(completion.tokens) for completion, _ in rows], dtype=torch.long)
     truncated = torch.tensor([completion.truncated for completion, _ in rows], dtype=torch.bool)
-    mask = _padded([c.mask for c, _ in rows], width, False, torch.bool)
-    if settings.truncation == "mask_after":
-        mask = mask & ~truncated[:, None]
-    totals = [_total(score, completion, settings) for completion, score in rows]
     names = reward.part_names
     baseline = [math.nan if group.baseline is None else group.baseline for group in groups]
     has_baseline = any(group.baseline is not None for group in groups)
-    return Rollout(
+    rollout = Rollout(
         prompts=tuple(group.prompt_tokens for group in groups),
         tokens=_padded([c.tokens for c, _ in rows], width, 0, torch.long),
-        mask=mask,
+        mask=_padded([c.mask for c, _ in rows], width, False, torch.bool),
         engine_logp=_padded([c.logp for c, _ in rows], width, 0.0, torch.float32),
         group=torch.tensor(
             [p for p, group in enumerate(groups) for _ in group.completions], dtype=torch.long
         ),
-        total=_floats(totals),
+        total=_floats([score.total for _, score in rows]),
         task=_floats([score.task for _, score in rows]),
         parts=torch.stack(
             [_floats([score.parts.get(name) for _, score in rows]) for name in names], dim=1
@@ -316,21 +348,7 @@ def tensorise(groups: Sequence[Group], reward: RewardSet, settings: RolloutSetti
         steps=tuple(score.steps for _, score in rows),
         baseline=torch.tensor(baseline, dtype=torch.float64) if has_baseline else None,
     )
-
-
-def _total(score: Score, completion: Completion, settings: RolloutSettings) -> float | None:
-    if score.total is None or not completion.truncated:
-        return score.total
-    match settings.truncation:
-        case "none" | "mask_after":
-            return score.total
-        case "exclude_before":
-            return None
-        case "zero_reward":
-            return 0.0
-        case "penalty":
-            penalty = settings.truncation_penalty
-            return penalty if penalty < 0 else score.total * penalty
+    return settings.truncated_rows(rollout)
 
 
 def _floats(values: Sequence[float | None]) -> torch.Tensor:

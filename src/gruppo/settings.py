@@ -35,8 +35,8 @@ class TrainSettings:
     ``inner_epochs`` (μ) and ``minibatches`` give the optimizer steps per rollout batch;
     ``tokens_per_microbatch`` bounds memory and changes no result. ``reference_sync_steps`` > 0
     moves the reference every so many steps by ``ref ← mixup·policy + (1 - mixup)·ref``
-    (arXiv:2404.09656). ``time_limit_s`` > 0 ends the run, with a checkpoint, before a step that
-    would not finish within it.
+    (arXiv:2404.09656), with ``reference_mixup``. ``seed`` is behind every draw of the run.
+    ``time_limit_s`` > 0 ends it, with a checkpoint, before a step that would not finish in time.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}

@@ -41,7 +41,7 @@ class TrainState:
     """What the loop must remember from one finished step to the next, also through a restart.
 
     ``rollouts`` is the problem stream's position and buffered groups; ``rng`` torch's generator
-    (dropout draws from it, nothing else does).
+    (dropout draws from it, nothing else does); ``evaluated`` the step of the newest evaluation.
     """
 
     step: int = 0
@@ -54,6 +54,7 @@ class TrainState:
     unscored_in_row: int = 0
     best: float | None = None
     best_step: int = 0
+    evaluated: int = -1
     evals_without_gain: int = 0
     completion_tokens: int = 0
 
@@ -124,30 +125,35 @@ def train(run: Run, state: TrainState | None = None) -> Outcome:
     """Train from ``state`` (None: from the start) to the last step, and evaluate around it.
 
     Raises:
-        NumericError: three steps in a row had a non-finite gradient; the weights are untouched.
+        NumericError: three steps in a row had a non-finite gradient (the weights are untouched),
+            or the model's logits are not finite.
         ServiceError: the reward or the engine failed for good.
         Interrupted: a signal came; the last finished step has been saved.
     """
     state = state or first_state(run)
-    before = None
-    self_test(run.policy, run.rollouts)
-    if state.step == 0:
-        state, before = evaluate_now(run, state)
-    budget = _Budget(run.settings.time_limit_s)
-    ended_by: End = "steps"
+    started, ended_by = state.step, None
     with run.interrupts.installed():
         try:
-            while state.step < run.settings.steps and ended_by == "steps":
+            self_test(run.policy, run.rollouts)
+            state, newest = evaluate_if_due(run, state)
+            before = newest if started == 0 else None
+            budget = _Budget(run.settings.time_limit_s)
+            while (ended_by := _reason_to_stop(run, state, budget)) is None:
                 iteration = iterate(run, state)
                 state = finish(run, state, iteration, seconds=budget.lap())
                 run.interrupts.release()
-                ended_by = _reason_to_stop(run, state, budget)
+                state, newest = evaluate_if_due(run, state)
+                save_if_due(run, state)
+                budget.leave_out()
+            save_whole(run, state)
+            if state.evaluated != state.step:
+                state, newest = evaluate_now(run, state)
         except Interrupted:
             run.keeper.save(state)
             raise
-    run.keeper.save(state)
-    after = before if state.step == 0 else evaluate_now(run, state)[1]
-    return Outcome(state=state, ended_by=ended_by, before=before, after=after)
+        except FloatingPointError as error:
+            raise NumericError(f"after step {state.step}: {error}") from error
+    return Outcome(state=state, ended_by=ended_by, before=before, after=newest)
 
 
 def iterate(run: Run, state: TrainState) -> Iteration:
@@ -158,9 +164,7 @@ def iterate(run: Run, state: TrainState) -> Iteration:
 
     collected = run.rollouts.collect()
     rollout = tensorise(collected.groups, run.rollouts.reward, run.rollouts.settings)
-    stale = [
-        min(c.version, default=version) < version for g in collected.groups for c in g.completions
-    ]
+    stale = collected.stale(version)
     evidence = gather_evidence(policy, objective, rollout, how, stale=stale)
     advantage = objective.credit(rollout, evidence)
     targets = Targets(rollout=rollout, evidence=evidence, advantage=advantage)
@@ -177,7 +181,7 @@ def iterate(run: Run, state: TrainState) -> Iteration:
 
 
 def finish(run: Run, state: TrainState, iteration: Iteration, *, seconds: float) -> TrainState:
-    """Close a step: reference, controllers, health, metrics, evaluation, checkpoint."""
+    """Close a step: reference, controllers, health, metrics."""
     step = state.step + 1
     metrics = _metrics(state, iteration, seconds)
     previous, state = state, _advance(run, state, iteration, metrics)
@@ -189,12 +193,32 @@ def finish(run: Run, state: TrainState, iteration: Iteration, *, seconds: float)
     for callback in run.callbacks:
         callback(step, iteration.collected.groups, metrics)
     _stop_if_broken(run, previous, state, iteration)
-    every = run.evaluator.settings.every if run.evaluator else 0
-    if every and step % every == 0 and step < run.settings.steps:
-        state, _ = evaluate_now(run, state)
-    if run.keeper.due(step) or (state.best_step == step > 0):
-        run.keeper.save(state)
     return state
+
+
+def evaluate_if_due(run: Run, state: TrainState) -> tuple[TrainState, Evaluation | None]:
+    """Evaluate before the first step and every so many steps (the last one comes at the end).
+
+    A restart may find the evaluation of its step not made yet; one is never made twice.
+    """
+    every = run.evaluator.settings.every if run.evaluator else 0
+    due = state.step == 0 or (every > 0 and state.step % every == 0)
+    if not due or state.evaluated == state.step or state.step >= run.settings.steps:
+        return state, None
+    return evaluate_now(run, state)
+
+
+def save_if_due(run: Run, state: TrainState) -> None:
+    """Save by the calendar, and after the best evaluation."""
+    if run.keeper.due(state.step) or state.best_step == state.step:
+        save_whole(run, state)
+
+
+def save_whole(run: Run, state: TrainState) -> None:
+    """Save without being interrupted."""
+    run.interrupts.hold()
+    run.keeper.save(state)
+    run.interrupts.release()
 
 
 def first_state(run: Run) -> TrainState:
@@ -220,6 +244,7 @@ def evaluate_now(run: Run, state: TrainState) -> tuple[TrainState, Evaluation | 
         return state, None
     evaluation = run.evaluator()
     run.keeper.evaluation(state.step, evaluation)
+    state = replace(state, evaluated=state.step)
     score = evaluation.metrics.get("pass@1", next(iter(evaluation.metrics.values())))
     if state.best is None or score > state.best:
         return replace(state, best=score, best_step=state.step, evals_without_gain=0), evaluation
@@ -296,11 +321,13 @@ def _stop_if_broken(run: Run, before: TrainState, state: TrainState, iteration: 
         )
 
 
-def _reason_to_stop(run: Run, state: TrainState, budget: _Budget) -> End:
+def _reason_to_stop(run: Run, state: TrainState, budget: _Budget) -> End | None:
+    if state.step >= run.settings.steps:
+        return "steps"
     patience = run.evaluator.settings.patience if run.evaluator else 0
     if patience and state.evals_without_gain >= patience:
         return "patience"
-    return "time" if budget.is_short() else "steps"
+    return "time" if budget.is_short() else None
 
 
 @dataclass(slots=True)
@@ -318,6 +345,10 @@ class _Budget:
         seconds, self.last = now - self.last, now
         self.longest = max(self.longest, seconds)
         return seconds
+
+    def leave_out(self) -> None:
+        """What happened since the last lap (an evaluation, a checkpoint) is in no lap."""
+        self.last = time.monotonic()
 
     def is_short(self) -> bool:
         """Whether a step as long as the longest so far would overrun the limit."""

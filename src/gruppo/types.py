@@ -10,7 +10,7 @@ log-probability of the first *completion* token of row ``b``. ``K`` reward parts
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -21,7 +21,23 @@ Finish = Literal["stop", "length", "abort", "limit", "error"]
 Fault = Literal["completion", "grader"]
 
 ZERO_TOL = 1e-6
-"""Rewards of a group closer together than this are equal: such a group is dead."""
+"""Rewards of a group closer together than this are equal: such a group is dead.
+
+Eight float32 rewards of 0.1 differ by about 1e-8 from their mean, and dividing that noise by its
+own standard deviation would give advantages near 1.
+"""
+
+
+def is_live(rewards: Iterable[float | None], *, tol: float = ZERO_TOL) -> bool:
+    """Whether a group's rewards differ by more than ``tol``, so that there is a signal.
+
+    None stands for an unscored completion, which is left out.
+
+    >>> is_live([1.0, None, 0.0]), is_live([1.0, None, 1.0]), is_live([1.0, None])
+    (True, False, False)
+    """
+    scored = [reward for reward in rewards if reward is not None]
+    return len(scored) >= 2 and max(scored) - min(scored) > tol
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +177,7 @@ class Group:
 
     def is_live(self, metric: Literal["task", "total"] = "task") -> bool:
         """Whether scored rewards differ by more than ``ZERO_TOL``, so that there is a signal."""
-        values = [score.task if metric == "task" else score.total for score in self.scores]
-        scored = [value for value in values if value is not None]
-        return len(scored) >= 2 and max(scored) - min(scored) > ZERO_TOL
+        return is_live(score.task if metric == "task" else score.total for score in self.scores)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

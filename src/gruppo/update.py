@@ -6,6 +6,7 @@ pass, so how rows are split into micro-batches changes nothing but rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gruppo import dist
-from gruppo.metric import Max, Metric, Sum, extremes, mean_over, merge
+from gruppo.metric import Max, Metric, Sum, extremes, mean_over, merge, reduce
 from gruppo.objective import (
     Coefficients,
     Live,
@@ -77,14 +78,16 @@ def gather_evidence(
 def _score_all(
     policy: Policy, rollout: Rollout, settings: UpdateSettings, *, reference: bool
 ) -> Tensor:
-    result = torch.zeros(rollout.tokens.shape)
     score = policy.ref_logp if reference else policy.old_logp
     everything = range(len(rollout.group))
+    result: Tensor | None = None
     for index in _micro_batches(policy, rollout, everything, settings):
         prompts, tokens, length = _slice(rollout, index)
-        logp = score(prompts, tokens, length).logp.float().cpu()
+        logp = score(prompts, tokens, length).logp.cpu()
+        if result is None:
+            result = torch.zeros(rollout.tokens.shape, dtype=logp.dtype)
         result[index, : tokens.shape[1]] = logp
-    return result
+    return torch.zeros(rollout.tokens.shape) if result is None else result
 
 
 def update(
@@ -98,7 +101,8 @@ def update(
 ) -> UpdateResult:
     """Take the optimizer steps of one rollout batch.
 
-    ``before_step`` is called each time just before weights change.
+    ``before_step`` is called each time just before weights change. A loss that is not finite
+    changes none.
     """
     step = OptimizerStep(policy, objective, targets, coefficients, settings)
     reports: list[UpdateReport] = []
@@ -106,10 +110,20 @@ def update(
     for number, rows in enumerate(_minibatches(targets.rollout, settings, policy.version)):
         seen = step.accumulate(rows, first=number == 0)
         before_step()
-        report = policy.step()
-        reports.append(report)
+        reports.append(policy.step() if _is_finite(seen) else _refuse(policy))
         metrics = merge(metrics, seen)
     return UpdateResult(reports=tuple(reports), metrics=metrics)
+
+
+def _is_finite(seen: Mapping[str, Metric]) -> bool:
+    """Whether the loss is a number on every rank (its gradient may be one although it is not)."""
+    loss = reduce(seen).get("loss/total", 0.0)
+    return dist.all_max(float(not math.isfinite(loss))) == 0
+
+
+def _refuse(policy: Policy) -> UpdateReport:
+    policy.discard_gradient()
+    return UpdateReport(grad_norm=math.nan, lr=0.0, update_ratio=0.0, skipped=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +212,7 @@ class OptimizerStep:
         trained = rows.mask.any(dim=1)
         idle = self.coefficients.kl == 0 and self.coefficients.entropy == 0
         idle &= self.objective.select is None and not self.objective.acts_without_advantage
+        idle &= not isinstance(self.objective.weights, LocalTokenMean)  # they count its tokens
         if self.settings.skip_dead and idle:
             trained &= ((rows.advantage != 0) & rows.mask).any(dim=1)
         return trained.nonzero()[:, 0]

@@ -14,15 +14,11 @@ from gruppo.objective import (
     Dro,
     EntropyTerm,
     Gmpo,
-    Grpo,
     Gspo,
     GspoToken,
     KlCov,
     KlCovTokens,
-    KLNaive,
     KLTerm,
-    KLUnbiased,
-    Live,
     Luspo,
     Objective,
     OffPolicySequenceMask,
@@ -37,18 +33,14 @@ from gruppo.objective import (
     TokenMean,
     TokenTruncate,
     TopEntropy,
-    Totals,
     Vespo,
-    compute_loss,
     engine_log_ratio,
     k3,
     log_ratio,
-    make_rows,
-    outcome,
     row_mean,
     token_covariance,
 )
-from gruppo.types import Evidence
+from support.golden_loss import close, naive, ppo, required, run, unbiased
 
 WEIGHTS = {
     "token_mean": TokenMean(),
@@ -59,25 +51,21 @@ WEIGHTS = {
 }
 
 
-def ppo(i: dict, **options: float) -> PpoClip:
-    return PpoClip(eps_low=i["eps_low"], eps_high=i["eps_high"], **options)
-
-
-def unbiased(i: dict) -> KLTerm:
-    assert (i["kl"], i["kl_grad"]) == ("k3", "unbiased_is")
-    return KLTerm(beta=i["beta"], estimator=KLUnbiased())
-
-
-def naive(i: dict) -> KLTerm:
-    assert (i["kl"], i["kl_grad"]) == ("k3", "naive")
-    return KLTerm(beta=i["beta"], estimator=KLNaive())
-
-
 PPO = {"surrogate": ppo}
+
+
 GSPO = {"surrogate": lambda i: Gspo(eps_low=i["eps_low"], eps_high=i["eps_high"])}
+
+
 CISPO = {"surrogate": lambda i: Cispo(w_max=i["w_max"], w_min=i.get("w_min"))}
+
+
 GMPO = {"surrogate": lambda i: Gmpo(eps_low=i["log_eps_low"], eps_high=i["log_eps_high"])}
+
+
 LUSPO = {"surrogate": lambda i: Luspo(eps_low=i["eps_low"], eps_high=i["eps_high"])}
+
+
 CASES = {
     "loss/ppo_clip_token_mean": PPO,
     "loss/ppo_clip_seq_mean_token_mean": PPO,
@@ -164,66 +152,6 @@ CASES = {
     },
     "loss/dro": {"surrogate": lambda i: Dro(b=i["beta"])},
 }
-ON_POLICY = {
-    "ppo_clip": PpoClip(),
-    "reinforce": Reinforce(),
-    "cispo": Cispo(),
-    "sapo": Sapo(),
-    "dppo_tv": DppoTv(),
-    "vespo": Vespo(),
-    "gspo_token": GspoToken(),
-    "two_sided": PpoClip(delta=4.0),
-    "dual_clip": PpoClip(dual_clip=3.0),
-}
-
-
-def optional(inputs: dict, dtype: torch.dtype, *names: str) -> torch.Tensor | None:
-    for name in names:
-        if name in inputs:
-            return torch.tensor(inputs[name], dtype=dtype)
-    return None
-
-
-def required(inputs: dict, dtype: torch.dtype, *names: str) -> torch.Tensor:
-    found = optional(inputs, dtype, *names)
-    assert found is not None, names
-    return found
-
-
-def run(objective: Objective, inputs: dict, dtype: torch.dtype = torch.float64):
-    """Loss record and gradient with respect to logp, for one golden case's inputs."""
-    mask = required(inputs, dtype, "mask").bool()
-    group = torch.tensor(inputs.get("group_ids", [0] * len(mask)))
-    logp = required(inputs, dtype, "logp").requires_grad_()
-    entropy = optional(inputs, dtype, "entropy")
-    old = optional(inputs, dtype, "prox_logp", "old_logp")
-    advantage = required(inputs, dtype, "token_advantages", "advantages")
-    selected = None
-    if objective.select is not None:
-        selected = objective.select(
-            logp.detach(),
-            entropy,
-            old_logp=old,
-            advantage=advantage[:, None].expand(mask.shape),
-            mask=mask,
-            seed=0,
-        )
-    rows = make_rows(
-        objective,
-        advantage=advantage,
-        mask=mask,
-        group=group,
-        scored=torch.ones(len(mask), dtype=torch.bool),
-        old_logp=old,
-        engine_logp=optional(inputs, dtype, "behav_logp", "rollout_logp"),
-        ref_logp=optional(inputs, dtype, "ref_logp"),
-        totals=Totals.of(mask, group),
-        selected=selected,
-    )
-    live = Live(logp=logp, entropy=entropy, mask=mask)
-    loss = compute_loss(objective, live, rows, objective.coefficients)
-    loss.value.backward()
-    return loss, logp.grad
 
 
 def built(parts: dict, inputs: dict) -> Objective:
@@ -231,11 +159,6 @@ def built(parts: dict, inputs: dict) -> Objective:
     rows_only = made["surrogate"].level == "sequence" or "token_advantages" in inputs
     agg = "seq_mean_token_mean" if rows_only else inputs.get("agg", "token_mean")
     return Objective(credit=DrGrpo(), weights=WEIGHTS[agg], **made)
-
-
-def close(actual: torch.Tensor, expected: object, tol: float) -> None:
-    wanted = torch.tensor(expected, dtype=actual.dtype)
-    torch.testing.assert_close(actual.detach(), wanted, atol=tol, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -352,113 +275,6 @@ def test_rloo_sequence_ratio(golden) -> None:
     )
     x = engine_log_ratio(logp, old, mask.bool())
     close(x.sum(1).exp(), case["expected"]["seq_ratio"], 1e-6)
-
-
-@pytest.mark.parametrize("name", ON_POLICY)
-@pytest.mark.parametrize("given", [True, False])
-def test_on_policy_equivalence(golden, name: str, given: bool) -> None:
-    case = golden("loss/on_policy_equivalence")
-    assert set(ON_POLICY) == set(case["expected"]["losses"])
-    inputs = dict(case["inputs"])
-    if not given:
-        del inputs["old_logp"]
-    objective = Objective(credit=DrGrpo(), surrogate=ON_POLICY[name], weights=TokenMean())
-    _, grad = run(objective, inputs)
-    close(grad, case["expected"]["grad_logp"], case["tol"])
-
-
-@pytest.mark.parametrize(
-    ("surrogate", "key"),
-    [
-        (Gspo(), "gspo_and_gmpo_grad"),
-        (Gmpo(), "gspo_and_gmpo_grad"),
-        (Luspo(), "luspo_grad"),
-        (RlooSeq(), "rloo_seq_grad"),
-    ],
-)
-def test_on_policy_equivalence_sequence(golden, surrogate, key: str) -> None:
-    case = golden("loss/on_policy_equivalence_sequence")
-    objective = Objective(credit=DrGrpo(), surrogate=surrogate, weights=SeqMeanTokenMean())
-    _, grad = run(objective, case["inputs"])
-    close(grad, case["expected"][key], case["tol"])
-
-
-def test_quadrants(golden) -> None:
-    case = golden("loss/ppo_clip_quadrants")
-    for (sign, ratio), want in zip(case["inputs"]["cases"], case["expected"]["rows"], strict=True):
-        inputs = {
-            "logp": [[torch.tensor(ratio, dtype=torch.float64).log().item()]],
-            "old_logp": [[0.0]],
-            "mask": [[1.0]],
-            "advantages": [float(sign)],
-        }
-        objective = Objective(credit=DrGrpo(), surrogate=ppo(case["inputs"]), weights=TokenMean())
-        loss, grad = run(objective, inputs)
-        close(loss.value, want["loss"], 1e-6)
-        close(grad, [[want["grad_logp"]]], 1e-6)
-
-
-def bandit(inputs: dict, objective: Objective, *, steps: int, on_policy: bool):
-    """Repeat SGD steps on the four given answers; yields (loss, ratio, grad, logits after)."""
-    logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    answer = torch.tensor(inputs["completions"])
-    rollout = outcome(inputs["rewards"], [0] * len(answer))
-    advantage = objective.credit(rollout, Evidence())
-    mask = rollout.mask
-    old = logits.detach().log_softmax(0)[answer][:, None]
-    ref = None
-    if "ref_probs" in inputs:
-        ref = torch.tensor(inputs["ref_probs"], dtype=torch.float64).log()[answer][:, None]
-    rows = make_rows(
-        objective,
-        advantage=advantage,
-        mask=mask,
-        group=rollout.group,
-        scored=torch.isfinite(rollout.total),
-        old_logp=None if on_policy else old,
-        engine_logp=None,
-        ref_logp=ref,
-        totals=Totals.of(mask, rollout.group),
-        selected=None,
-    )
-    optimizer = torch.optim.SGD([logits], lr=inputs["lr"])
-    for _ in range(steps):
-        live = Live(logp=logits.log_softmax(0)[answer][:, None], entropy=None, mask=mask)
-        loss = compute_loss(objective, live, rows, objective.coefficients)
-        optimizer.zero_grad()
-        loss.value.backward()
-        grad = logits.grad.clone()
-        optimizer.step()
-        yield advantage, loss, grad, logits.detach().clone()
-
-
-def test_bandit_three_inner_steps(golden) -> None:
-    case = golden("e2e/bandit_three_inner_steps")
-    inputs = case["inputs"]
-    objective = Objective(credit=Grpo(), surrogate=ppo(inputs), weights=TokenMean())
-    history = bandit(inputs, objective, steps=inputs["inner_steps"], on_policy=False)
-    for got, want in zip(history, case["expected"]["steps"], strict=True):
-        advantage, loss, grad, logits = got
-        close(advantage, case["expected"]["advantages"], 1e-6)
-        close(loss.value, want["loss"], 1e-6)
-        close(loss.tokens.ratio[:, 0], want["ratio"], 1e-6)
-        close(grad, want["grad"], 1e-6)
-        close(logits, want["logits_after"], 1e-6)
-
-
-def test_bandit_with_kl(golden) -> None:
-    case = golden("e2e/bandit_with_kl")
-    inputs = case["inputs"]
-    objective = Objective(
-        credit=Grpo(), surrogate=PpoClip(), weights=TokenMean(), kl=unbiased(inputs)
-    )
-    history = bandit(inputs, objective, steps=inputs["steps"], on_policy=True)
-    for got, want in zip(history, case["expected"]["steps"], strict=True):
-        advantage, loss, grad, logits = got
-        close(advantage, case["expected"]["advantages"], 1e-6)
-        close(loss.value, want["loss"], 1e-6)
-        close(grad, want["grad"], 1e-6)
-        close(logits, want["logits_after"], 1e-6)
 
 
 def test_coefficients_come_from_the_objective() -> None:

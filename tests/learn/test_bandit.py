@@ -5,12 +5,10 @@ harness is a whole training loop in small: it draws fresh samples, scores them, 
 evidence that the objective asks for, and takes one optimizer step.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from jaxtyping import config as shape_checks
 
 from gruppo.objective import (
     PRESETS,
@@ -29,14 +27,7 @@ NUM_SAMPLES = 16
 NUM_STEPS = 80
 F64 = torch.float64
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _unchecked() -> Iterator[None]:
-    """No shape checks: the golden tests run the same code with them, and thousands of losses
-    are computed here."""
-    shape_checks.update("jaxtyping_disable", True)
-    yield
-    shape_checks.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @dataclass(frozen=True, kw_only=True)

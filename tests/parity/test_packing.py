@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gruppo.model.adapter import Lora, attach
 from gruppo.model.attention import adopt
 from gruppo.model.logprob import can_pack, completion_logp
 from gruppo.model.packing import pack
@@ -60,6 +61,13 @@ def test_packed_equals_plain_in_value_and_gradient(kind):
         seen.append((scored.logp.detach(), scored.entropy.detach(), grads))
     for plain, packed in zip(*seen, strict=True):
         assert (plain - packed).abs().max() <= 1e-5 * max(1.0, plain.abs().max())
+
+
+def test_an_adapter_over_weights_in_bfloat16_can_be_packed():
+    pytest.importorskip("peft")
+    model = attach(tiny("llama"), Lora(rank=2), compute_dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32, torch.bfloat16}
+    assert can_pack(model)
 
 
 def test_a_model_on_another_attention_is_not_packed():

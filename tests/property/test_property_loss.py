@@ -1,190 +1,34 @@
 """Invariants of the loss for every preset: splits, order, padding, garbage, equivalences."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from jaxtyping import config as shape_checks
 
 from gruppo.objective import (
     PRESETS,
     Cispo,
-    Coefficients,
-    Constant,
-    DppoKl,
     DppoTv,
     DrGrpo,
-    Dro,
-    EntropyTerm,
-    GeometricMask,
-    Gmpo,
     Gspo,
     GspoToken,
     Importance,
-    KlCov,
-    KlCovTokens,
-    KLNaive,
-    KLSquare,
-    KLTerm,
-    KLUnbiased,
-    Live,
-    Loss,
-    Luspo,
     Objective,
     PpoClip,
-    Reinforce,
-    RlooSeq,
-    Rows,
-    Sapo,
     SeqMeanTokenMean,
-    SequenceMask,
-    SequenceTruncate,
-    TokenMask,
     TokenMean,
     TokenTruncate,
-    Totals,
     Vespo,
-    compute_loss,
-    k1,
-    k2,
-    k3,
-    make_rows,
-    mismatch,
 )
+from support.loss_steps import evaluate, quick, random_step, rows_of, runnable
 
-F64 = torch.float64
-CORRECTIONS = [
-    TokenTruncate(),
-    TokenMask(),
-    SequenceTruncate(),
-    SequenceMask(),
-    GeometricMask(),
-    TokenTruncate(veto=1e-4),
-    TokenMask(batch_normalize=True),
-]
 # Terms that these losses add to the policy gradient do not carry an advantage.
 PENALISED = ("dppo_kl", "kl_cov", "dro")
 
 
-@pytest.fixture(scope="module")
-def _unchecked() -> Iterator[None]:
-    """No shape checks where thousands of losses are computed: they take four fifths of the time.
-
-    The golden tests and test_nothing_to_train_is_finite run the same code with them.
-    """
-    shape_checks.update("jaxtyping_disable", True)
-    yield
-    shape_checks.update("jaxtyping_disable", False)
-
-
-fast = pytest.mark.usefixtures("_unchecked")
-
-
-def quick(examples: int):
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.explicit, Phase.generate, Phase.shrink],
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """Tensors of an optimizer step, all [B, T] but group [B] and scored [B]."""
-
-    logp: torch.Tensor
-    old: torch.Tensor | None
-    engine: torch.Tensor | None
-    ref: torch.Tensor
-    entropy: torch.Tensor
-    advantage: torch.Tensor
-    mask: torch.Tensor
-    group: torch.Tensor
-    scored: torch.Tensor
-
-
-def random_step(seed: int, rows: int = 11, width: int = 7, drift: float = 0.3) -> Step:
-    """Random values; some rows without trained tokens, one unscored, group ids in any order."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(scale: float) -> torch.Tensor:
-        return scale * torch.randn(rows, width, dtype=F64, generator=generator)
-
-    old = -normal(1.5).abs()
-    mask = torch.rand(rows, width, generator=generator) < 0.75
-    scored = torch.rand(rows, generator=generator) < 0.9
-    row_advantage = torch.randn(rows, 1, dtype=F64, generator=generator)
-    return Step(
-        logp=-(old + normal(drift)).abs(),
-        old=old,
-        engine=old + normal(drift / 2),
-        ref=old + normal(1.0),
-        entropy=normal(1.0).abs(),
-        advantage=torch.where(scored[:, None], row_advantage, 0).expand(rows, width),
-        mask=mask,
-        group=torch.randint(0, 3, (rows,), generator=generator),
-        scored=scored,
-    )
-
-
-def runnable(objective: Objective) -> Objective:
-    """The objective with the one setting that a recipe fills in."""
-    if isinstance(objective.weights, Constant):
-        return replace(objective, weights=Constant(length=16))
-    return objective
-
-
-def rows_of(objective: Objective, step: Step) -> Rows:
-    selected = None
-    if objective.select is not None:
-        selected = objective.select(
-            step.logp,
-            step.entropy,
-            old_logp=step.logp if step.old is None else step.old,
-            advantage=step.advantage,
-            mask=step.mask & step.scored[:, None],
-            seed=5,
-        )
-    return make_rows(
-        objective,
-        advantage=step.advantage,
-        mask=step.mask,
-        group=step.group,
-        scored=step.scored,
-        old_logp=step.old,
-        engine_logp=step.engine,
-        ref_logp=step.ref,
-        totals=Totals.of(step.mask, step.group),
-        selected=selected,
-    )
-
-
-def evaluate(
-    objective: Objective,
-    step: Step,
-    parts: list[torch.Tensor] | None = None,
-    rows: Rows | None = None,
-) -> tuple[float, torch.Tensor, list[Loss]]:
-    """Sum of losses and gradient [B, T] with respect to logp, over a split of the rows."""
-    rows = rows_of(objective, step) if rows is None else rows
-    coefficients = Coefficients(kl=objective.coefficients.kl, entropy=0.01)
-    gradient, losses = torch.full_like(step.logp, torch.nan), []
-    for index in [torch.arange(len(step.mask))] if parts is None else parts:
-        logp = step.logp[index].requires_grad_()
-        live = Live(logp=logp, entropy=step.entropy[index], mask=step.mask[index])
-        loss = compute_loss(objective, live, rows.take(index), coefficients)
-        (gradient[index],) = torch.autograd.grad(loss.value, logp)
-        losses.append(loss)
-    return sum(loss.value.item() for loss in losses), gradient, losses
-
-
-@fast
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", PRESETS)
 @quick(2)
 @given(seed=st.integers(0, 10_000), width=st.integers(1, 9))
@@ -200,7 +44,7 @@ def test_splits_and_order_change_nothing(name: str, seed: int, width: int) -> No
         assert split_value == pytest.approx(value, rel=1e-12, abs=1e-14)
 
 
-@fast
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", PRESETS)
 @quick(2)
 @given(seed=st.integers(0, 10_000))
@@ -227,7 +71,7 @@ def test_values_under_the_mask_change_nothing(name: str, seed: int) -> None:
         assert not gradient[~step.mask].any()
 
 
-@fast
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", PRESETS)
 @quick(2)
 @given(seed=st.integers(0, 10_000))
@@ -256,7 +100,7 @@ def test_padding_changes_nothing(name: str, seed: int) -> None:
     assert not wide_gradient[:, 7:].any()
 
 
-@fast
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", PRESETS)
 @quick(2)
 @given(seed=st.integers(0, 10_000))
@@ -271,7 +115,7 @@ def test_no_advantage_no_policy_gradient(name: str, seed: int) -> None:
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@fast
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", PRESETS)
 @quick(2)
 @given(seed=st.integers(0, 10_000))
@@ -299,7 +143,7 @@ def test_nothing_to_train_is_finite(name: str) -> None:
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@fast
+@pytest.mark.usefixtures("unchecked")
 @quick(20)
 @given(seed=st.integers(0, 10_000), cap=st.floats(1.3, 6.0))
 def test_dual_clip_is_the_two_sided_clip(seed: int, cap: float) -> None:
@@ -311,7 +155,7 @@ def test_dual_clip_is_the_two_sided_clip(seed: int, cap: float) -> None:
     assert torch.equal(dual[1], two_sided[1])
 
 
-@fast
+@pytest.mark.usefixtures("unchecked")
 @quick(20)
 @given(seed=st.integers(0, 10_000), eps=st.floats(1e-4, 0.5))
 def test_gspo_token_is_gspo_for_constant_advantages(seed: int, eps: float) -> None:
@@ -328,7 +172,7 @@ def test_gspo_token_is_gspo_for_constant_advantages(seed: int, eps: float) -> No
     torch.testing.assert_close(gradient, row_gradient, rtol=1e-13, atol=1e-16)
 
 
-@fast
+@pytest.mark.usefixtures("unchecked")
 @quick(20)
 @given(seed=st.integers(0, 10_000))
 def test_wide_bounds_are_plain_importance_weighting(seed: int) -> None:
@@ -342,158 +186,6 @@ def test_wide_bounds_are_plain_importance_weighting(seed: int) -> None:
     # CISPO without a binding bound has another value, but the same gradient.
     cispo = evaluate(replace(base, surrogate=Cispo(w_max=1e9)), step)
     torch.testing.assert_close(cispo[1], plain[1], rtol=1e-13, atol=1e-16)
-
-
-@pytest.mark.parametrize("correction", CORRECTIONS)
-@quick(5)
-@given(seed=st.integers(0, 10_000))
-def test_equal_policies_need_no_correction(correction, seed: int) -> None:
-    step = random_step(seed)
-    plain = Objective(credit=DrGrpo(), surrogate=PpoClip(), weights=TokenMean())
-    corrected = replace(plain, correction=correction)
-    want = evaluate(plain, step)
-    for engine in (step.old, None, torch.full_like(step.logp, torch.nan)):
-        value, gradient, losses = evaluate(corrected, replace(step, engine=engine))
-        trained = step.mask & step.scored[:, None]
-        assert torch.equal(losses[0].tokens.is_weight, trained.double())
-        assert torch.equal(losses[0].tokens.is_keep, trained)
-        assert value == want[0]
-        assert torch.equal(gradient, want[1])
-
-
-@pytest.mark.parametrize("correction", CORRECTIONS[:6])
-@quick(5)
-@given(seed=st.integers(0, 10_000))
-def test_correction_inside_the_forward_is_the_one_made_beforehand(correction, seed: int) -> None:
-    step = random_step(seed)
-    objective = Objective(
-        credit=DrGrpo(), surrogate=PpoClip(), weights=TokenMean(), correction=correction
-    )
-    before = evaluate(objective, replace(step, old=step.logp))
-    inside = evaluate(objective, replace(step, old=None))
-    assert inside[0] == before[0]
-    assert torch.equal(inside[1], before[1])
-
-
-@quick(20)
-@given(seed=st.integers(0, 10_000))
-def test_normalised_weights_have_mean_one(seed: int) -> None:
-    step = random_step(seed)
-    assert step.old is not None
-    assert step.engine is not None
-    weight, _ = TokenTruncate(batch_normalize=True)(step.old, step.engine, step.mask)
-    assert weight[step.mask].mean().item() == pytest.approx(1.0, abs=1e-12)
-
-
-@quick(50)
-@given(
-    logp=st.floats(-60, 0), ref=st.floats(-60, 0), nudge=st.sampled_from([0.0, 1e-9, -1e-9, 1e-4])
-)
-def test_k3_is_never_negative(logp: float, ref: float, nudge: float) -> None:
-    policy, reference = torch.tensor([logp], dtype=F64), torch.tensor([ref], dtype=F64)
-    assert 0.0 <= k3(policy, reference).item() <= 10.0
-    assert 0.0 <= k3(policy, policy + nudge).item() <= nudge**2
-    assert k2(policy, policy + nudge).item() == pytest.approx(nudge**2 / 2, rel=1e-4)
-
-
-def test_k1_and_k3_agree_on_average() -> None:
-    generator = torch.Generator().manual_seed(0)
-    pi = torch.tensor([0.5, 0.3, 0.2], dtype=F64)
-    ref = torch.tensor([0.4, 0.4, 0.2], dtype=F64)
-    drawn = torch.multinomial(pi, 400_000, replacement=True, generator=generator)
-    logp, ref_logp = pi.log()[drawn], ref.log()[drawn]
-    # Standard errors over 400,000 samples: 3.2e-4 for k1, 3.5e-5 for k3.
-    assert k1(logp, ref_logp).mean().item() == pytest.approx(0.0252672, abs=1.3e-3)
-    assert k3(logp, ref_logp).mean().item() == pytest.approx(0.0252672, abs=1.4e-4)
-
-
-@fast
-@quick(20)
-@given(seed=st.integers(0, 10_000))
-def test_gradient_of_ratio_times_k3_is_ratio_times_delta(seed: int) -> None:
-    step = random_step(seed)
-    assert step.old is not None
-    logp = step.logp.clone().requires_grad_()
-    term = KLUnbiased()(logp, step.old, step.ref)
-    (gradient,) = torch.autograd.grad(term.sum(), logp)
-    ratio = (step.logp - step.old).exp()
-    torch.testing.assert_close(gradient, ratio * (step.logp - step.ref), rtol=1e-12, atol=0)
-    torch.testing.assert_close(term.detach(), ratio * k3(step.logp, step.ref))
-    # The plain product gives the same, by a path that can overflow.
-    (product,) = torch.autograd.grad(((logp - step.old).exp() * k3(logp, step.ref)).sum(), logp)
-    unclamped = k3(step.logp, step.ref) < 10
-    torch.testing.assert_close(gradient[unclamped], product[unclamped], rtol=1e-9, atol=1e-12)
-
-
-DIFFERENTIABLE = [
-    PpoClip(),
-    PpoClip(dual_clip=3.0),
-    PpoClip(delta=4.0),
-    PpoClip(bypass=True),
-    Reinforce(),
-    Importance(),
-    Sapo(),
-    Gspo(eps_low=0.1, eps_high=0.1),
-    Gmpo(),
-    Luspo(eps_low=0.1, eps_high=0.1),
-    RlooSeq(),
-    DppoTv(),
-    DppoKl(kl_tau=0.1),
-    KlCov(kappa=0.5),
-    Dro(b=0.3),
-]
-
-
-@fast
-@pytest.mark.parametrize("surrogate", DIFFERENTIABLE)
-@quick(3)
-@given(seed=st.integers(0, 10_000))
-def test_gradient_is_the_difference_quotient(surrogate, seed: int) -> None:
-    step = random_step(seed, rows=3, width=3)
-    assert step.old is not None
-    objective = Objective(
-        credit=DrGrpo(),
-        surrogate=surrogate,
-        weights=SeqMeanTokenMean(),
-        select=KlCovTokens(fraction=0.5) if isinstance(surrogate, KlCov) else None,
-        kl=KLTerm(beta=0.1, estimator=KLNaive()),
-    )
-    # |logp - old| has a kink at 0, k3 is cut at 10; clip bounds are kinks where the flags change.
-    assume((step.logp - step.old).abs().min() > 1e-4)
-    assume(k3(step.logp, step.ref).max() < 9.9)
-    rows, width = rows_of(objective, step), 1e-6
-    _, gradient, at = evaluate(objective, step, rows=rows)
-    for place in step.mask.nonzero().tolist():
-        shift = torch.zeros_like(step.logp)
-        shift[tuple(place)] = width
-        high = evaluate(objective, replace(step, logp=step.logp + shift), rows=rows)
-        low = evaluate(objective, replace(step, logp=step.logp - shift), rows=rows)
-        for side in (high[2][0], low[2][0]):
-            assume(torch.equal(side.tokens.clipped_low, at[0].tokens.clipped_low))
-            assume(torch.equal(side.tokens.clipped_high, at[0].tokens.clipped_high))
-        quotient = (high[0] - low[0]) / (2 * width)
-        assert gradient[tuple(place)].item() == pytest.approx(quotient, rel=2e-6, abs=2e-8)
-
-
-def test_entropy_and_kl_reach_the_gradient_with_their_coefficients() -> None:
-    step = random_step(11)
-    objective = Objective(
-        credit=DrGrpo(),
-        surrogate=Reinforce(),
-        weights=TokenMean(),
-        kl=KLTerm(beta=0.2, estimator=KLSquare()),
-        entropy=EntropyTerm(coef=0.03),
-    )
-    logp, entropy = step.logp.clone().requires_grad_(), step.entropy.clone().requires_grad_()
-    live = Live(logp=logp, entropy=entropy, mask=step.mask)
-    loss = compute_loss(objective, live, rows_of(objective, step), objective.coefficients)
-    by_logp, by_entropy = torch.autograd.grad(loss.value, [logp, entropy])
-    share = step.mask.double() / step.mask.sum()
-    policy = -step.advantage * step.scored[:, None]
-    torch.testing.assert_close(by_logp, share * (policy + 0.2 * (step.logp - step.ref)))
-    torch.testing.assert_close(by_entropy, -0.03 * share)
-    total = loss.policy + 0.2 * loss.kl - 0.03 * loss.entropy
-    assert loss.value.item() == pytest.approx(total.item(), rel=1e-14)
 
 
 def test_weights_of_unscored_rows_stay_in_the_other_terms() -> None:
@@ -523,17 +215,3 @@ def test_rows_travel_and_shrink() -> None:
     assert torch.equal(small.old_logp, step.old[[3, 1], :4].float())
     assert torch.equal(small.is_weight, rows.is_weight[[3, 1], :4].float())
     assert torch.equal(small.mask, step.mask[[3, 1], :4])
-
-
-def test_mismatch_of_nothing_and_of_equal_policies() -> None:
-    step = random_step(15)
-    assert step.old is not None
-    none = mismatch(step.old, step.old + 1, torch.zeros_like(step.mask))
-    same = mismatch(step.old, step.old, step.mask)
-    for found in (none, same):
-        assert found["ess"] == pytest.approx(1.0, abs=1e-12)
-        assert found["mismatch_k1"] == found["mismatch_k3"] == found["chi2_seq"] == 0.0
-    assert same["prob_correlation"] == pytest.approx(1.0, abs=1e-12)
-    missing = mismatch(step.old, torch.full_like(step.old, torch.nan), step.mask)
-    assert missing["frac_missing"] == 1.0
-    assert missing["mismatch_k3"] == 0.0

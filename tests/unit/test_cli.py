@@ -95,7 +95,9 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(tmp_path, monkeyp
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert from_table(parse(shown)) == load("quickstart", ["train.steps=7"])  # words are comments
-    assert "# 8 prompts x 8 = 64 completions a step" in shown
+    rollout = load("quickstart").rollout
+    prompts, each = rollout.prompts_per_step, rollout.group_size
+    assert f"# {prompts} prompts x {each} = {prompts * each} completions a step" in shown
     assert list(tmp_path.iterdir()) == []
 
 

@@ -61,7 +61,10 @@ class Jsonl:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parquet:
-    """A Parquet file (extra ``parquet``); fields as in `Jsonl`."""
+    """A Parquet file (extra ``parquet``).
+
+    ``path``, ``columns``, ``prompting`` and ``label`` as in `Jsonl`.
+    """
 
     __pydantic_config__: ClassVar = _FORBID
 

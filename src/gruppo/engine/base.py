@@ -13,29 +13,31 @@ from gruppo.types import Completion, Finish, Request, Sampling
 Decode = Callable[[Sequence[int]], str]
 
 
-def check_sampling(sampling: Sampling) -> None:
+def check_sampling(sampling: Sampling, *, prefix: str = "sampling.") -> None:
     """Raise ValueError if a field of ``sampling`` cannot be honoured.
+
+    ``prefix`` stands before a field's name in the error.
 
     >>> check_sampling(Sampling(max_tokens=8, top_p=0.0))
     Traceback (most recent call last):
     ValueError: sampling.top_p = 0.0 keeps no token; use a number in (0, 1], 1 for off
     """
     if sampling.max_tokens < 0:
-        raise ValueError(f"sampling.max_tokens = {sampling.max_tokens}; use 0 or more")
+        raise ValueError(f"{prefix}max_tokens = {sampling.max_tokens}; use 0 or more")
     if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
         raise ValueError(
-            f"sampling.temperature = {sampling.temperature}; use 0 (greedy) or a positive number"
+            f"{prefix}temperature = {sampling.temperature}; use 0 (greedy) or a positive number"
         )
     if not 0 < sampling.top_p <= 1:
         raise ValueError(
-            f"sampling.top_p = {sampling.top_p} keeps no token; use a number in (0, 1], 1 for off"
+            f"{prefix}top_p = {sampling.top_p} keeps no token; use a number in (0, 1], 1 for off"
         )
     if sampling.top_k < 0:
-        raise ValueError(f"sampling.top_k = {sampling.top_k}; use 0 for off, or 1 and more")
+        raise ValueError(f"{prefix}top_k = {sampling.top_k}; use 0 for off, or 1 and more")
     if not 0 <= sampling.min_p <= 1:
-        raise ValueError(f"sampling.min_p = {sampling.min_p}; use a number in [0, 1], 0 for off")
+        raise ValueError(f"{prefix}min_p = {sampling.min_p}; use a number in [0, 1], 0 for off")
     if "" in sampling.stop:
-        raise ValueError("sampling.stop holds an empty string, which ends every text; remove it")
+        raise ValueError(f"{prefix}stop holds an empty string, which ends every text; remove it")
 
 
 def check_requests(

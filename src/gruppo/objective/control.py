@@ -63,7 +63,7 @@ class AdaptiveKL:
 class AdaptiveEntropy:
     """Steps the entropy coefficient up while entropy is at or below its target, down above it.
 
-    After a step with entropy H: α ← clip(α ± delta, minimum, maximum), and the next step applies α
+    After a step with entropy H: α ← clip(α ± delta, min, max), and the next step applies α
     if H ≤ target, else 0. The first step applies 0. Source: Skywork-OR1, arXiv 2505.22312.
 
     Example:

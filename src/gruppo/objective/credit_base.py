@@ -14,11 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gruppo.types import Evidence, Rollout
-
-# Rewards closer than this are equal: eight float32 rewards of 0.1 differ by about 1e-8 from their
-# mean, and dividing that noise by its own standard deviation would give advantages near 1.
-ZERO_TOL = 1e-6
+from gruppo.types import ZERO_TOL, Evidence, Rollout
 
 
 @runtime_checkable

@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gruppo.objective.credit_base import (
-    ZERO_TOL,
     batch_std,
     check_ddof,
     check_not_negative,
@@ -29,7 +28,7 @@ from gruppo.objective.credit_base import (
     live_rows,
     require,
 )
-from gruppo.types import Evidence, Rollout
+from gruppo.types import ZERO_TOL, Evidence, Rollout
 
 NOTHING: frozenset[str] = frozenset()
 
@@ -48,9 +47,10 @@ def _normalised(
 class Grpo:
     """Reward minus group mean, over the group's standard deviation: A = (R − μ) / (σ + eps).
 
-    Every live group has the same energy (ΣA² → G − 1), so rare successes are amplified, and
-    |A| ≤ (G − 1)/√G. Source: DeepSeekMath, arXiv 2402.03300, §4.1.2 (which leaves the divisor of
-    σ open; ``ddof = 1`` is what TRL, verl and OpenRLHF use).
+    Every live group has the same energy (ΣA² → G − 1), so rare successes are amplified, and |A| ≤
+    (G − 1)/√G. Source: DeepSeekMath, arXiv 2402.03300, §4.1.2 (which leaves the divisor of σ open;
+    ``ddof = 1`` is what TRL, verl and OpenRLHF use). Groups whose rewards differ by no more than
+    ``zero_tol`` are dead.
 
     Example:
         >>> from gruppo.objective.credit import outcome
@@ -135,6 +135,7 @@ class BatchStd:
 
     ``of = "rewards"``: σ of all rewards (Lite PPO, arXiv 2508.08221). ``of = "advantages"``: σ of
     all R − μ (ScaleRL, arXiv 2510.13786). The batch is all scored rows, dead groups included.
+    ``ddof`` and ``eps`` as in ``Grpo``.
     """
 
     kind: Literal["batch_std"] = "batch_std"
@@ -293,8 +294,8 @@ class Gdpo:
     Z^k = group-normalised part k (as ``Grpo``), S = Σ_k w_k Z^k, A = (S − mean S)/(σ(S) + eps) with
     mean and σ over the scored rows of the batch. Unlike normalising the sum, it keeps apart
     combinations of parts whose sums coincide. A part that abstained has Z^k = 0. Reward shaping
-    that is no part is not seen. Source: GDPO, arXiv 2601.05242 (TRL: "normalize_then_sum"; verl
-    whitens by tokens instead of rows).
+    that is no part is not seen. ``ddof`` as in ``Grpo``. Source: GDPO, arXiv 2601.05242 (TRL:
+    "normalize_then_sum"; verl whitens by tokens instead of rows).
     """
 
     kind: Literal["gdpo"] = "gdpo"

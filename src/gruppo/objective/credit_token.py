@@ -34,7 +34,8 @@ class Process:
 
     r̃ = (r − mean)/(σ + eps) over every step of every scored row of the group, and a token gets the
     sum of r̃ over its own step and all later ones (``end > t``). Groups with fewer than two scored
-    rows, or equal step rewards, get 0. Source: DeepSeekMath, arXiv 2402.03300, §4.1.3.
+    rows, or equal step rewards, get 0. ``ddof`` = 1 divides σ² by n − 1. Source: DeepSeekMath,
+    arXiv 2402.03300, §4.1.3.
     """
 
     kind: Literal["process"] = "process"
@@ -83,7 +84,8 @@ class ReinforcePP:
 
     Token reward −β·k1, plus the row reward (clipped to ±10) on the last trained token; returns with
     discount γ; whitened over all trained tokens of scored rows. There is no group baseline, so one
-    completion per prompt is enough. Source: arXiv 2501.03262.
+    completion per prompt is enough. ``beta`` is β, ``gamma`` is γ, and ``ddof`` = 0 whitens with
+    the population's variance. Source: arXiv 2501.03262.
     """
 
     kind: Literal["reinforce_pp"] = "reinforce_pp"
@@ -123,7 +125,7 @@ class ReinforcePPBaseline:
 
     Dead groups are part of the whitening statistics, as in OpenRLHF, but get exactly 0 themselves
     (there the shift by the token mean leaks into them). Source: arXiv 2501.03262, which pairs it
-    with a k2 KL loss.
+    with a k2 KL loss. ``ddof`` as in ``ReinforcePP``.
     """
 
     kind: Literal["reinforce_pp_baseline"] = "reinforce_pp_baseline"

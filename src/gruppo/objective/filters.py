@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, TypeVar
 
-from gruppo.objective.credit_base import ZERO_TOL, check_not_negative
+from gruppo.objective.credit_base import check_not_negative
+from gruppo.types import ZERO_TOL, is_live
 
 Item = TypeVar("Item")
 
@@ -43,8 +44,7 @@ class Varied:
 
     def __call__(self, metric: Sequence[float | None]) -> bool:
         """True if the group is to be kept."""
-        scored = _scored(metric)
-        return len(scored) >= 2 and max(scored) - min(scored) > self.zero_tol
+        return is_live(_scored(metric), tol=self.zero_tol)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -54,6 +54,7 @@ def trained_rows(rollout: Rollout) -> Bool[Tensor, "B"]:
     return torch.isfinite(rollout.total) & rollout.mask.any(1).to(rollout.total.device)
 
 
+@runtime_checkable
 class Truncation(Protocol):
     """What becomes of truncated rows before credit is assigned."""
 

@@ -9,7 +9,7 @@ entropy are not here.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -47,6 +47,19 @@ def _require_eps(name: str, eps_low: float, eps_high: float) -> None:
     require(eps_high > 0, f"{name}.eps_high", eps_high, "must be positive")
 
 
+def _length_normalised(
+    logp: Float[Tensor, "B T"], old_logp: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B 1"]:
+    """GSPO's ratio s = exp(mean_t d) of each row."""
+    return row_mean(log_ratio(logp, old_logp), mask).exp()
+
+
+def _clipped(ratio: Tensor, advantage: Tensor, eps_low: float, eps_high: float) -> TokenLoss:
+    """The clipped surrogate of rows [B, 1] or tokens [B, T]."""
+    factor, low, high = clip_ratio(ratio, advantage, eps_low, eps_high)
+    return TokenLoss(loss=-(factor * advantage), clipped_low=low, clipped_high=high)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gspo:
     """GSPO: -min(sA, clip(s)A) with the length-normalised ratio s = exp(mean_t d), per row.
@@ -79,9 +92,8 @@ class Gspo:
     ) -> TokenLoss:
         """Clipped loss [B, 1] of the rows."""
         row = row_mean(advantage, live.mask)
-        ratio = row_mean(log_ratio(live.logp, old_logp), live.mask).exp()
-        factor, low, high = clip_ratio(ratio, row, self.eps_low, self.eps_high)
-        return TokenLoss(loss=-(factor * row), clipped_low=low, clipped_high=high)
+        ratio = _length_normalised(live.logp, old_logp, live.mask)
+        return _clipped(ratio, row, self.eps_low, self.eps_high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +101,7 @@ class GspoToken:
     """GSPO-token: the ratio sg[s]·exp(logp - sg[logp]) per token, clipped as GSPO's s.
 
     Equal to GSPO in value and gradient where a row's advantage is constant, and defined for
-    advantages per token (turns, steps).
+    advantages per token (turns, steps). ``eps_low`` and ``eps_high`` as in ``Gspo``.
 
     Source: Zheng et al., 2507.18071, eq. 13-14.
     """
@@ -115,10 +127,9 @@ class GspoToken:
         selected: Bool[Tensor, "B T"] | None,
     ) -> TokenLoss:
         """Clipped loss [B, T]."""
-        level = row_mean(log_ratio(live.logp.detach(), old_logp), live.mask).exp()
+        level = _length_normalised(live.logp.detach(), old_logp, live.mask)
         ratio = level * (live.logp - live.logp.detach()).exp()
-        factor, low, high = clip_ratio(ratio, advantage, self.eps_low, self.eps_high)
-        return TokenLoss(loss=-(factor * advantage), clipped_low=low, clipped_high=high)
+        return _clipped(ratio, advantage, self.eps_low, self.eps_high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +176,8 @@ class Gmpo:
 class Luspo:
     """LUSPO: GSPO's row term times the row's length n, mean over rows.
 
-    Removes GSPO's preference for short rows. Source: 2602.05261.
+    Removes GSPO's preference for short rows; ``eps_low`` and ``eps_high`` bound s as there. Source:
+    2602.05261.
     """
 
     kind: Literal["luspo"] = "luspo"
@@ -190,18 +202,18 @@ class Luspo:
     ) -> TokenLoss:
         """Clipped loss [B, 1] times the row's number of trained tokens."""
         row = row_mean(advantage, live.mask)
-        ratio = row_mean(log_ratio(live.logp, old_logp), live.mask).exp()
-        factor, low, high = clip_ratio(ratio, row, self.eps_low, self.eps_high)
-        length = live.mask.sum(dim=1, keepdim=True)
-        return TokenLoss(loss=-(factor * row * length), clipped_low=low, clipped_high=high)
+        ratio = _length_normalised(live.logp, old_logp, live.mask)
+        gspo = _clipped(ratio, row, self.eps_low, self.eps_high)
+        return replace(gspo, loss=gspo.loss * live.mask.sum(dim=1, keepdim=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RlooSeq:
     """Clipped surrogate on the ratio of whole completions, R = exp(clamp(Σ_t d, ±20)), per row.
 
-    The completion is one action (Ahmadian et al., 2402.14740); the form with clipping is TRL's
-    RLOO trainer. R varies exponentially with the length: meant for few, small inner updates.
+    The completion is one action (Ahmadian et al., 2402.14740); the form with clipping is TRL's RLOO
+    trainer, to [1 - ``eps_low``, 1 + ``eps_high``]. R varies exponentially with the length: meant
+    for few, small inner updates.
     """
 
     kind: Literal["rloo_seq"] = "rloo_seq"
@@ -228,8 +240,7 @@ class RlooSeq:
         row = row_mean(advantage, live.mask)
         total = row_sum(log_ratio(live.logp, old_logp), live.mask)
         ratio = total.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-        factor, low, high = clip_ratio(ratio, row, self.eps_low, self.eps_high)
-        return TokenLoss(loss=-(factor * row), clipped_low=low, clipped_high=high)
+        return _clipped(ratio, row, self.eps_low, self.eps_high)
 
 
 LOG_FLOOR = math.log(1e-8)

@@ -14,12 +14,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gruppo.objective.credit_base import (
-    ZERO_TOL,
     check_ddof,
     group_count,
     live_rows,
     num_groups,
 )
+from gruppo.types import ZERO_TOL
 
 LOG_RATIO_LIMIT = 20.0  # exp(±20) is where a float32 ratio still is finite when squared
 SCORE_LIMIT = 10.0  # OpenRLHF and the REINFORCE++ paper clip the terminal reward to ±10

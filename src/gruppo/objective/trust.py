@@ -87,7 +87,7 @@ class DppoKl:
 
     The ratio and the mask are taken against the engine's log-probabilities (``bypass`` is always
     on), so mismatch and drift are one; the square keeps the two policies together, on dropped
-    tokens too.
+    tokens too. ``delta_low`` and ``delta_high`` as in ``DppoTv``; ``kl_tau`` is τ.
 
     Sources: 2602.04879 for the mask; prime-rl for the combination.
     """

@@ -29,8 +29,10 @@ _SHAPES: Mapping[str, Callable[[float], float]] = {
 class Optim:
     """AdamW (arXiv:1711.05101) and its schedule.
 
-    ``weight_decay`` spares norms and biases. ``grad_clip`` bounds the global gradient norm (None:
-    no bound). ``min_ratio`` is the floor of "linear" and "cosine", as a share of ``lr``.
+    ``lr`` is reached after ``warmup_steps`` updates. ``betas`` are the decay rates of both moments,
+    ``eps`` stands beside the root in the divisor. ``weight_decay`` spares norms and biases.
+    ``grad_clip`` bounds the global gradient norm (None: no bound). ``min_ratio`` is the floor of
+    "linear" and "cosine", as a share of ``lr``.
 
     >>> Optim(lr=2e-5).schedule
     'constant'

@@ -130,6 +130,7 @@ def _assemble(recipe: Recipe, opened: Opened, reward: RewardSet, problems: Split
         compute_dtype=opened.compute,
         reference=_reference(recipe, objective),
         temperature=recipe.rollout.temperature,
+        packing=recipe.model.packing,
     )
     rollouts = Rollouts(
         engine=opened.engine,

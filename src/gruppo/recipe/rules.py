@@ -89,26 +89,10 @@ def _patience(evaluation: Any, data: Any) -> Iterator[Mistake]:
         )
 
 
-def _sampling(rollout: Any, evaluation: Any) -> Iterator[Mistake]:
-    """Ranges that every sampler shares."""
-    for section, settings in (("rollout", rollout), ("eval", evaluation)):
-        if not 0 < settings.top_p <= 1:
-            yield mistake(f"{section}.top_p", "must be above 0 and at most 1", settings.top_p)
-    if rollout.top_k < 0:
-        yield mistake("rollout.top_k", "must be 0 (off) or more", rollout.top_k)
-    if not 0 <= rollout.min_p < 1:
-        yield mistake("rollout.min_p", "must be at least 0 (off) and below 1", rollout.min_p)
-    if "" in rollout.stop:
-        yield mistake("rollout.stop", "holds an empty string, which ends every completion")
-    if evaluation.every < 0 or evaluation.problems < 0 or evaluation.max_tokens < 0:
-        yield mistake("eval", "every, problems and max_tokens must not be negative")
-
-
 RULES: Final = (
     Rule(("rollout", "objective"), _group_size),
     Rule(("rollout", "train"), _minibatches),
     Rule(("reward", "rollout"), _budgets),
     Rule(("train", "objective"), _reference),
     Rule(("eval", "data"), _patience),
-    Rule(("rollout", "eval"), _sampling),
 )

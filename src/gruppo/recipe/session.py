@@ -79,7 +79,11 @@ def resume(path: Path, report: Report, *, callbacks: Sequence[Callback] = ()) ->
         found, damaged = checkpoint.latest(directory.checkpoints)
         for text in damaged:
             report(f"damaged, passed over: {text}")
-        yield session if found is None else _restored(session, found)
+        if found is None:  # it ended before its first checkpoint: from the start
+            session.database.truncate_after(0)
+            yield session
+        else:
+            yield _restored(session, found)
 
 
 def read_recipe(directory: RunDirectory) -> Recipe:

@@ -70,7 +70,9 @@ class TensorBoard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wandb:
-    """Weights & Biases. ``mode = "offline"`` keeps the files in the run folder for a later sync.
+    """Weights & Biases: the run goes to ``project`` of ``entity`` (a user or team; None: your own).
+
+    ``mode = "offline"`` keeps the files in the run folder for a later sync.
 
     The x axis of every chart is the metric "step": after a resume, steps that are run again are
     drawn over the old ones, where W&B's own counter would refuse them.
@@ -117,7 +119,7 @@ class Wandb:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trackio:
-    """trackio: a local dashboard (``trackio show``), or a Hugging Face space if one is named."""
+    """trackio: a local dashboard (``trackio show``) of ``project``, or a Hugging Face ``space``."""
 
     kind: Literal["trackio"] = "trackio"
     __pydantic_config__: ClassVar = {"extra": "forbid"}

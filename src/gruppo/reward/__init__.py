@@ -12,7 +12,6 @@ from gruppo.reward.base import (
     RewardSet,
     Shaping,
     count_failures,
-    is_live,
     refused,
     ungraded,
 )
@@ -78,7 +77,6 @@ __all__ = [
     "SoftOverlong",
     "TagCount",
     "count_failures",
-    "is_live",
     "refused",
     "ungraded",
 ]

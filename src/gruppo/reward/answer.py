@@ -109,8 +109,8 @@ class Regex:
 
     The recipe's author writes the pattern, the policy writes the text: a pattern with nested
     repeats can take exponential time on a hostile text, and nothing here interrupts it. ``full``
-    asks for a match of the whole text. ``{answer}`` in the pattern stands for the problem's
-    reference answer, taken literally.
+    asks for a match of the whole text, ``ignore_case`` takes capitals for small letters.
+    ``{answer}`` in the pattern stands for the problem's reference answer, taken literally.
 
     Raises:
         ValueError: the pattern is no regular expression.

@@ -17,7 +17,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Protocol, TypeVar, runtime_checkable
 
-from gruppo.types import Completion, Failure, Problem, Score
+from gruppo.types import Completion, Failure, Problem, Score, is_live
 
 T = TypeVar("T")
 GroupRows = tuple[Problem, Sequence[Completion]]
@@ -27,8 +27,6 @@ GroupReward = Callable[[Problem, Sequence[Completion]], Sequence[Value]]
 
 # Group statistics square rewards; beyond this a reward is a bug, and float32 would lose the rest.
 MAX_MAGNITUDE = 1e9
-# A group whose task metric spreads no more than this is dead, as in gruppo.objective.credit.
-ZERO_TOL = 1e-6
 _TEXT_LIMIT = 500
 
 
@@ -224,7 +222,7 @@ class RewardSet:
         self, part: Part, before: tuple[Score, ...], terms: Sequence[_Cell]
     ) -> tuple[Score, ...]:
         """Record a shaping term, and add it where it counts."""
-        counts = is_live(before) or not self.shape_only_live
+        counts = is_live(score.task for score in before) or not self.shape_only_live
         return tuple(
             replace(
                 score,
@@ -242,12 +240,6 @@ class RewardSet:
             return score
         low, high = self.clip_range
         return replace(score, total=min(max(score.total, low), high))
-
-
-def is_live(scores: Iterable[Score]) -> bool:
-    """True if the task metric varies within the group by more than ``ZERO_TOL``."""
-    tasks = [score.task for score in scores if score.task is not None]
-    return len(tasks) > 1 and max(tasks) - min(tasks) > ZERO_TOL
 
 
 def count_failures(scores: Iterable[Score]) -> dict[str, int]:

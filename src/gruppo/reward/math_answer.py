@@ -58,6 +58,7 @@ class Math:
     unscored would reward it. A checker that dies by itself is tried again once, then its row is
     unscored. Lists with an ellipsis are compared as text; other answers to them are unscored.
 
+    ``where`` the answer stands: in the last ``\boxed``, in answer tags or after ``####``.
     ``workers`` processes are started when the first answer needs them. Linux and macOS only.
 
     Raises:

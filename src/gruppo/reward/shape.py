@@ -102,10 +102,11 @@ class Repetition:
 class CosineLength:
     """Cosine length reward (arXiv 2502.03373, section 4): short and right is best.
 
-    With p = min(n / ``max_tokens``, 1) the term runs from its ``*_short`` value at p = 0 to its
-    ``*_long`` value at p = 1 along half a cosine; a row is right if its task metric is at least
-    ``right_at``. The paper uses this *instead of* the 0/1 accuracy: give the accuracy part weight
-    0 for that. The paper's extra penalty for exceeding the budget is left to ``SoftOverlong``.
+    With p = min(n / ``max_tokens``, 1) the term runs along half a cosine from ``right_short`` at p
+    = 0 to ``right_long`` at p = 1 (a wrong row's from ``wrong_short`` to ``wrong_long``); a row is
+    right if its task metric is at least ``right_at``. The paper uses this *instead of* the 0/1
+    accuracy: give the accuracy part weight 0 for that. The paper's extra penalty for exceeding the
+    budget is left to ``SoftOverlong``.
 
     Example:
         >>> CosineLength(max_tokens=100).value(50, right=True)
@@ -153,9 +154,9 @@ class CosineLength:
 class KimiLength:
     """Length reward within a group (Kimi k1.5, arXiv 2501.12599, section 2.3.3).
 
-    lambda = 0.5 - (n - min) / (max - min) over the group's scored rows; right rows get lambda,
-    wrong rows min(0, lambda); 0 if all are equally long. The paper switches it on after a warm-up
-    without it.
+    lambda = 0.5 - (n - min) / (max - min) over the group's scored rows; right rows (of a task
+    metric of at least ``right_at``) get lambda, wrong rows min(0, lambda); 0 if all are equally
+    long. The paper switches it on after a warm-up without it.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
