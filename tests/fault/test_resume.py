@@ -216,7 +216,7 @@ def unbroken(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 LONGER = {"train.steps": "16", "record.save_every": "3", "eval.every": "4"}
 SECONDS: dict[str, float] = {}
-KILLS = {"plain": 10, "several_updates": 10, "buffered": 10}
+KILLS = {"plain": 10, "several_updates": 4, "buffered": 4}
 
 
 @pytest.mark.slow
