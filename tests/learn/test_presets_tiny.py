@@ -23,7 +23,8 @@ TOKENS = 3
 SPECIAL = {
     "passk_analytic": {"extra": 0.0},  # is defined for rewards of 0 and 1
     "passk_best": {"extra": 0.5, "steps": 96},  # only a single best completion is credited
-    "tokens_80_20": {"steps": 96},  # a fifth of the tokens is trained, and one in three decides
+    # a fifth of the tokens is trained: all of them must be ones that decide
+    "tokens_80_20": {"steps": 64, "tokens": 1},
 }
 
 
@@ -61,7 +62,7 @@ def lowness(problem, completions):
     return [1 - sum(row.tokens) / (258 * len(row.tokens)) for row in completions]
 
 
-def run_of(folder, objective, *, steps=STEPS, extra=0.1):
+def run_of(folder, objective, *, steps=STEPS, extra=0.1, tokens=TOKENS):
     torch.manual_seed(0)
     loaded = load(str(folder))
     encoder = Encoder(loaded.tokenizer)
@@ -84,7 +85,7 @@ def run_of(folder, objective, *, steps=STEPS, extra=0.1):
         encoder=encoder,
         reward=reward,
         stream=ProblemStream([(problems, 1.0)], seed=0),
-        settings=RolloutSettings(prompts_per_step=4, group_size=8, max_tokens=TOKENS),
+        settings=RolloutSettings(prompts_per_step=4, group_size=8, max_tokens=tokens),
         seed=0,
         greedy_baseline=objective.needs_greedy,
     )
