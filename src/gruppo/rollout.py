@@ -316,7 +316,13 @@ def decode_group(plain: Mapping[str, Any]) -> Group:
     )
 
 
-def tensorise(groups: Sequence[Group], reward: RewardSet, settings: RolloutSettings) -> Rollout:
+def tensorise(
+    groups: Sequence[Group],
+    reward: RewardSet,
+    settings: RolloutSettings,
+    *,
+    greedy_baseline: bool = False,
+) -> Rollout:
     """Lay the groups out as one batch of rows, in group order, padded on the right.
 
     ``settings.truncation`` is applied: to the mask ("mask_after"), else to the totals.
@@ -327,7 +333,7 @@ def tensorise(groups: Sequence[Group], reward: RewardSet, settings: RolloutSetti
     truncated = torch.tensor([completion.truncated for completion, _ in rows], dtype=torch.bool)
     names = reward.part_names
     baseline = [math.nan if group.baseline is None else group.baseline for group in groups]
-    has_baseline = any(group.baseline is not None for group in groups)
+    has_baseline = greedy_baseline or any(group.baseline is not None for group in groups)
     rollout = Rollout(
         prompts=tuple(group.prompt_tokens for group in groups),
         tokens=_padded([c.tokens for c, _ in rows], width, 0, torch.long),

@@ -95,7 +95,9 @@ def _draw(rollouts: Rollouts) -> list[Group]:
         for index, tokens in enumerate(prompts)
     ]
     limit = min(MAX_TOKENS, sampling.max_tokens)
-    drawn = rollouts.engine.generate(requests, replace(sampling, max_tokens=limit))
+    # the filters off: the trainer's probabilities are those of the whole distribution
+    plain = replace(sampling, max_tokens=limit, top_p=1.0, top_k=0, min_p=0.0)
+    drawn = rollouts.engine.generate(requests, plain)
     signs = (1.0, -1.0)
     return [
         Group(
@@ -205,9 +207,9 @@ def check_passes(policy: Policy, rollout: Rollout, tolerance: Tolerance) -> None
 def check_split(policy: Policy, rollout: Rollout, tolerance: Tolerance) -> float:
     """The gradient of all rows at once equals that of one row at a time."""
     objective = Objective(credit=Grpo(), surrogate=PpoClip(), weights=TokenMean())
-    targets = Targets(
-        rollout=rollout, evidence=Evidence(), advantage=objective.credit(rollout, Evidence())
-    )
+    # one sign for all: equal completions of opposite signs would cancel, and leave rounding alone
+    ones = torch.ones(len(rollout.group), dtype=torch.float64)
+    targets = Targets(rollout=rollout, evidence=Evidence(), advantage=ones)
 
     def gradient(budget: int) -> Tensor:
         how = UpdateSettings(tokens_per_microbatch=budget)

@@ -60,6 +60,11 @@ class TrainSettings:
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} = {count}: must be at least 1")
+        if self.reference_sync_steps < 0 or self.time_limit_s < 0:
+            raise ValueError(
+                f"reference_sync_steps = {self.reference_sync_steps}, time_limit_s = "
+                f"{self.time_limit_s}: must not be negative; 0 is off"
+            )
         if self.seed < 0:
             raise ValueError(f"seed = {self.seed}: must not be negative")
         if not 0 < self.reference_mixup <= 1:

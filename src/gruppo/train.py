@@ -163,7 +163,12 @@ def iterate(run: Run, state: TrainState) -> Iteration:
     how = run.settings.update(skip_dead=skip_dead)
 
     collected = run.rollouts.collect()
-    rollout = tensorise(collected.groups, run.rollouts.reward, run.rollouts.settings)
+    rollout = tensorise(
+        collected.groups,
+        run.rollouts.reward,
+        run.rollouts.settings,
+        greedy_baseline=run.rollouts.greedy_baseline,
+    )
     stale = collected.stale(version)
     evidence = gather_evidence(policy, objective, rollout, how, stale=stale)
     advantage = objective.credit(rollout, evidence)
@@ -289,7 +294,9 @@ def _advance(
             entropy_state, metrics["entropy/mean"], rows
         )
     skipped = any(report.skipped for report in iteration.result.reports)
-    unscored = metrics["reward/unscored_frac"] > MAX_UNSCORED
+    # as graded: rows that only a truncation policy leaves out are no failure of the reward
+    scores = [score for group in iteration.collected.groups for score in group.scores]
+    unscored = sum(score.total is None for score in scores) > MAX_UNSCORED * len(scores)
     return replace(
         state,
         step=state.step + 1,
@@ -308,6 +315,7 @@ def _stop_if_broken(run: Run, before: TrainState, state: TrainState, iteration: 
     if state.skipped_in_row:
         command = run.keeper.dump(before, iteration.targets)
         if state.skipped_in_row >= MAX_SKIPPED:
+            run.keeper.save(before)  # the weights are sound: nothing of the good steps is lost
             raise NumericError(
                 f"the gradient was not finite in {MAX_SKIPPED} steps in a row (last: step "
                 f"{state.step}); the weights are those before them. Replay it with: {command}"

@@ -212,6 +212,8 @@ class OptimizerStep:
         trained = rows.mask.any(dim=1)
         idle = self.coefficients.kl == 0 and self.coefficients.entropy == 0
         idle &= self.objective.select is None and not self.objective.acts_without_advantage
+        bonus = self.objective.entropy  # its controller must see the entropy of all rows
+        idle &= bonus is None or bonus.adaptive is None
         idle &= not isinstance(self.objective.weights, LocalTokenMean)  # they count its tokens
         if self.settings.skip_dead and idle:
             trained &= ((rows.advantage != 0) & rows.mask).any(dim=1)

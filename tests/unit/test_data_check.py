@@ -26,13 +26,22 @@ def test_right_answers_pass():
 
 
 def test_failing_ids_are_told():
-    problems = [problem("good", "4"), problem("odd", "#### 4"), problem("none", None)]
+    problems = [problem("good", "4"), problem("odd", "four"), problem("none", None)]
     check = check_answers(problems, lambda p, text: float(text.isdigit()))
     assert not check.ok
     assert (check.checked, check.without_answer) == (2, 1)
     assert [(w.id, w.got) for w in check.failed] == [("odd", "scores 0.0 instead of 1.0")]
     assert "(1 problems have no answer)" in check.text()
-    assert "odd: answer '#### 4' scores 0.0" in check.text()
+    assert "odd: answer 'four' scores 0.0" in check.text()
+
+
+def test_of_a_worked_solution_the_final_answer_is_scored():
+    problems = [problem("worked", "3 + 1 = 4\n#### 4")]
+    seen = []
+    check_answers(
+        problems, lambda p, text: seen.append(text) or 1.0, answer_template="\\boxed{{answer}}"
+    )
+    assert seen == ["\\boxed{4}"]
 
 
 def test_scores_count_by_their_task_metric():

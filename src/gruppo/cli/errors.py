@@ -40,7 +40,7 @@ def exit_code(error: BaseException) -> int:
             return error.exit_code
         case KeyboardInterrupt():
             return 130
-        case NumericError():
+        case NumericError() | FloatingPointError():
             return NUMERIC_ERROR
         case ServiceError():
             return SERVICE_ERROR

@@ -93,6 +93,15 @@ def check_answers(
     return _check(chosen, score, answer_template, maximum)
 
 
+def final_answer(answer: str) -> str:
+    r"""The answer itself: of a worked solution (GSM8K's form), what follows the last ``####``.
+
+    >>> final_answer("3 + 4 = 7\n#### 7")
+    '7'
+    """
+    return answer.rpartition("####")[2].strip()
+
+
 def _check(
     problems: Sequence[Problem],
     score: Callable[[Problem, str], Score | float | None],
@@ -105,7 +114,7 @@ def _check(
             continue
         checked += 1
         try:
-            got = score(problem, answer_template.replace("{answer}", problem.answer))
+            got = score(problem, answer_template.replace("{answer}", final_answer(problem.answer)))
         except Exception as error:  # a broken reward is what this looks for
             failed.append(WrongAnswer(problem.id, problem.answer, f"fails with {error!r}"))
             continue

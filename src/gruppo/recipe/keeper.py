@@ -119,8 +119,10 @@ def as_group(graded: Graded) -> Group:
     )
 
 
-def read_checkpoint(folder: Path, policy: Policy) -> TrainState:
+def read_checkpoint(folder: Path, policy: Policy, *, reference: bool = True) -> TrainState:
     """Put a checkpoint's tensors into ``policy`` and return the loop's state.
+
+    ``reference = False`` leaves a moved reference out, for a policy that is only to be used.
 
     Raises:
         ValueError: the checkpoint is of another model.
@@ -134,7 +136,11 @@ def read_checkpoint(folder: Path, policy: Policy) -> TrainState:
     for file in _weight_files(folder / MODEL):
         found = {_WEIGHT + name: tensor for name, tensor in read_tensors(file).items()}
         tensors |= {name: tensor for name, tensor in found.items() if name in live}
-    policy.restore(tensors, stored["policy"])
+    scalars = stored["policy"]
+    if not reference:
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("reference.")}
+        scalars = {**scalars, "reference_updates": 0}
+    policy.restore(tensors, scalars)
     return _state_from(stored["train"], rng)
 
 

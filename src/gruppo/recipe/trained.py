@@ -49,7 +49,7 @@ def open_trained(path: Path, report: Report, *, step: int | None = None) -> Trai
         compute_dtype=opened.compute,
         temperature=recipe.rollout.temperature,
     )
-    state = read_checkpoint(folder, policy)
+    state = read_checkpoint(folder, policy, reference=False)
     report(f"weights: {path} after step {state.step}")
     return Trained(recipe=recipe, opened=opened, policy=policy, step=state.step)
 

@@ -61,6 +61,7 @@ def find(name: str) -> Callable[..., Any]:
 
 def _from_file(path: Path) -> ModuleType:
     """Import a file as a program would: its folder is searched for its own imports."""
+    path = path.expanduser()  # a recorded recipe has ~ for the home folder
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     sys.path.insert(0, str(path.resolve().parent))

@@ -199,16 +199,20 @@ class Pool:
         self._size = size
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
+        self._info: object = None
         self._lock = threading.Lock()
         atexit.register(self.close)
 
     def start(self) -> object:
-        """Start one worker now; return what its handler says of itself, or its Death."""
-        worker = Worker(self._setup)
-        info = worker.wait_ready()
-        if not isinstance(info, Death):
+        """Start one worker if none was; return what its handler says of itself, or its Death."""
+        if self._info is None:
+            worker = Worker(self._setup)
+            info = worker.wait_ready()
+            if isinstance(info, Death):
+                return info
+            self._info = info
             self._give_back(worker)
-        return info
+        return self._info
 
     def map(
         self, payloads: Sequence[bytes], seconds: float, *, max_deaths: int | None = None
