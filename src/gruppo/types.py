@@ -68,7 +68,7 @@ class Problem:
 class Request:
     """A prompt as token ids, and how many completions to draw from it.
 
-    ``key`` seeds every sampled token: (run seed, step, draw index). Two draws of one problem
+    ``key`` seeds every sampled token: (run seed, draw index) in training. Two draws of one problem
     differ in the draw index. ``offset`` is the number of completion tokens drawn before, for a
     continuation under the same key.
     """
