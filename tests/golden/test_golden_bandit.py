@@ -14,7 +14,7 @@ from gruppo.objective import (
     outcome,
 )
 from gruppo.types import Evidence
-from support.golden_loss import close, ppo, unbiased
+from support.golden_loss import assert_matches, ppo, unbiased
 
 
 def bandit(inputs: dict, objective: Objective, *, steps: int, on_policy: bool):
@@ -58,11 +58,11 @@ def test_bandit_three_inner_steps(golden) -> None:
     history = bandit(inputs, objective, steps=inputs["inner_steps"], on_policy=False)
     for got, want in zip(history, case["expected"]["steps"], strict=True):
         advantage, loss, grad, logits = got
-        close(advantage, case["expected"]["advantages"], 1e-6)
-        close(loss.value, want["loss"], 1e-6)
-        close(loss.tokens.ratio[:, 0], want["ratio"], 1e-6)
-        close(grad, want["grad"], 1e-6)
-        close(logits, want["logits_after"], 1e-6)
+        assert_matches(advantage, case["expected"]["advantages"], 1e-6)
+        assert_matches(loss.value, want["loss"], 1e-6)
+        assert_matches(loss.tokens.ratio[:, 0], want["ratio"], 1e-6)
+        assert_matches(grad, want["grad"], 1e-6)
+        assert_matches(logits, want["logits_after"], 1e-6)
 
 
 def test_bandit_with_kl(golden) -> None:
@@ -74,7 +74,7 @@ def test_bandit_with_kl(golden) -> None:
     history = bandit(inputs, objective, steps=inputs["steps"], on_policy=True)
     for got, want in zip(history, case["expected"]["steps"], strict=True):
         advantage, loss, grad, logits = got
-        close(advantage, case["expected"]["advantages"], 1e-6)
-        close(loss.value, want["loss"], 1e-6)
-        close(grad, want["grad"], 1e-6)
-        close(logits, want["logits_after"], 1e-6)
+        assert_matches(advantage, case["expected"]["advantages"], 1e-6)
+        assert_matches(loss.value, want["loss"], 1e-6)
+        assert_matches(grad, want["grad"], 1e-6)
+        assert_matches(logits, want["logits_after"], 1e-6)

@@ -23,7 +23,7 @@ def arguments(inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return old, engine, torch.tensor(inputs["mask"]).bool()
 
 
-def close(actual: torch.Tensor, expected: object, tol: float = 1e-6) -> None:
+def assert_matches(actual: torch.Tensor, expected: object, tol: float = 1e-6) -> None:
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=F64), atol=tol, rtol=0)
 
 
@@ -31,9 +31,9 @@ def test_ratios(golden) -> None:
     case = golden("is/ratios")
     old, engine, mask = arguments(case["inputs"])
     x = engine_log_ratio(old, engine, mask)
-    close(torch.where(mask, x.exp(), 0), case["expected"]["token"])
-    close(sequence_ratio(x, mask).squeeze(1), case["expected"]["sequence"])
-    close(geometric_ratio(x, mask).squeeze(1), case["expected"]["geometric"])
+    assert_matches(torch.where(mask, x.exp(), 0), case["expected"]["token"])
+    assert_matches(sequence_ratio(x, mask).squeeze(1), case["expected"]["sequence"])
+    assert_matches(geometric_ratio(x, mask).squeeze(1), case["expected"]["geometric"])
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_token_weights(golden, name: str, make) -> None:
     case = golden(name)
     old, engine, mask = arguments(case["inputs"])
     weight, keep = make(case["inputs"])(old, engine, mask)
-    close(weight, case["expected"]["weights"])
+    assert_matches(weight, case["expected"]["weights"])
     assert torch.equal(keep, weight > 0)
 
 
@@ -65,7 +65,7 @@ def test_sequence_weights(golden, name: str, make) -> None:
     old, engine, mask = arguments(case["inputs"])
     weight, keep = make(case["inputs"])(old, engine, mask)
     spread = torch.tensor(case["expected"]["weights"], dtype=F64)[:, None]
-    close(weight, torch.where(mask, spread, 0).tolist())
+    assert_matches(weight, torch.where(mask, spread, 0).tolist())
     assert torch.equal(keep, mask & (spread > 0))
 
 
@@ -74,8 +74,8 @@ def test_geometric_mask(golden) -> None:
     old, engine, mask = arguments(case["inputs"])
     correction = GeometricMask(min=case["inputs"]["c_min"], max=case["inputs"]["c_max"])
     weight, keep = correction(old, engine, mask)
-    close(weight, case["expected"]["token_weights_kept"])
-    close(keep.any(1).double(), case["expected"]["keep"], 0)
+    assert_matches(weight, case["expected"]["token_weights_kept"])
+    assert_matches(keep.any(1).double(), case["expected"]["keep"], 0)
 
 
 def test_veto(golden) -> None:
@@ -84,7 +84,7 @@ def test_veto(golden) -> None:
     veto = case["inputs"]["veto_min"]
     for correction in (TokenTruncate(veto=veto), SequenceMask(max=1e6, veto=veto)):
         weight, keep = correction(old, engine, mask)
-        close(keep.any(1).double(), case["expected"]["keep"], 0)
+        assert_matches(keep.any(1).double(), case["expected"]["keep"], 0)
         assert torch.equal(weight[1], torch.zeros(4, dtype=F64))
 
 
@@ -102,5 +102,5 @@ def test_length_trap(golden) -> None:
     lengths = case["inputs"]["lengths"]
     mask = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
     x = engine_log_ratio(step.expand(mask.shape), torch.zeros(mask.shape, dtype=F64), mask)
-    close(sequence_ratio(x, mask).squeeze(1), case["expected"]["sequence_ratio"], 1e-5)
-    close(geometric_ratio(x, mask).squeeze(1), case["expected"]["geometric"])
+    assert_matches(sequence_ratio(x, mask).squeeze(1), case["expected"]["sequence_ratio"], 1e-5)
+    assert_matches(geometric_ratio(x, mask).squeeze(1), case["expected"]["geometric"])

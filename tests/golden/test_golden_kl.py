@@ -30,7 +30,7 @@ from gruppo.objective import (
 F64 = torch.float64
 
 
-def close(actual: torch.Tensor, expected: object, tol: float = 1e-6) -> None:
+def assert_matches(actual: torch.Tensor, expected: object, tol: float = 1e-6) -> None:
     wanted = torch.tensor(expected, dtype=actual.dtype)
     torch.testing.assert_close(actual.detach(), wanted, atol=tol, rtol=0)
 
@@ -52,7 +52,7 @@ def test_estimators(golden, shape: str, dtype: torch.dtype) -> None:
     tol = case["tol"] if dtype == F64 else 1e-5
     mask = torch.tensor(case["inputs"].get("mask", 1.0)).bool()
     for name, estimate in (("k1", k1), ("k2", k2), ("k3", k3)):
-        close(torch.where(mask, estimate(logp, ref), 0), case["expected"][name], tol)
+        assert_matches(torch.where(mask, estimate(logp, ref), 0), case["expected"][name], tol)
 
 
 def test_k3_clamped(golden) -> None:
@@ -60,10 +60,10 @@ def test_k3_clamped(golden) -> None:
     logp = torch.tensor(case["inputs"]["logp"], dtype=F64, requires_grad=True)
     ref = torch.tensor(case["inputs"]["ref_logp"], dtype=F64)
     value = k3(logp, ref)
-    close(value, case["expected"]["k3"])
+    assert_matches(value, case["expected"]["k3"])
     value.sum().backward()
     # Outside ±20 there is no gradient; a value cut at 10 (none here) would keep its own.
-    close(logp.grad, [0.0, 1 - torch.e**2, 1 - torch.e**-0.5])
+    assert_matches(logp.grad, [0.0, 1 - torch.e**2, 1 - torch.e**-0.5])
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
@@ -102,9 +102,9 @@ def test_loss_terms(golden, name: str, estimator, dtype: torch.dtype) -> None:
     live = Live(logp=logp, entropy=None, mask=mask)
     loss = compute_loss(objective, live, rows, objective.coefficients)
     loss.value.backward()
-    close(loss.value, case["expected"]["loss"], tol)
-    close(loss.kl, case["expected"]["loss"], tol)
-    close(logp.grad, case["expected"]["grad_logp"], tol)
+    assert_matches(loss.value, case["expected"]["loss"], tol)
+    assert_matches(loss.kl, case["expected"]["loss"], tol)
+    assert_matches(logp.grad, case["expected"]["grad_logp"], tol)
 
 
 def test_k1_loss_is_useless(golden) -> None:
@@ -115,8 +115,8 @@ def test_k1_loss_is_useless(golden) -> None:
     weight = TokenMean()(mask, group, Totals.of(mask, group))
     loss = (weight * k1(logp, torch.tensor(case["inputs"]["ref_logp"], dtype=F64))).sum()
     loss.backward()
-    close(loss, case["expected"]["loss"])
-    close(logp.grad, case["expected"]["grad_logp"])
+    assert_matches(loss, case["expected"]["loss"])
+    assert_matches(logp.grad, case["expected"]["grad_logp"])
     with pytest.raises(ValueError, match="expected gradient 0"):
         KLTerm(beta=0.1, estimator=k1)
 
@@ -183,24 +183,24 @@ def test_exact_gradients_enumeration(golden) -> None:
     def in_reward(value: torch.Tensor) -> torch.Tensor:
         return expected_gradient(softmax_rows, logp, probability=pi, credit=-value[:, None])
 
-    close(in_loss(KLSquare()), want["grad_k2_in_loss"])
-    close(in_loss(KLStraightThrough()), want["grad_k2_in_loss"])
-    close(in_loss(KLNaive()), want["grad_k3_in_loss"])
-    close(in_loss(KLUnbiased()), want["grad_ratio_times_k3"])
-    close(in_loss(KLSequenceSquare()), want["grad_kl_reverse"])
-    close(in_reward(torch.ones(3, dtype=F64)), want["grad_k1_in_loss"])
+    assert_matches(in_loss(KLSquare()), want["grad_k2_in_loss"])
+    assert_matches(in_loss(KLStraightThrough()), want["grad_k2_in_loss"])
+    assert_matches(in_loss(KLNaive()), want["grad_k3_in_loss"])
+    assert_matches(in_loss(KLUnbiased()), want["grad_ratio_times_k3"])
+    assert_matches(in_loss(KLSequenceSquare()), want["grad_kl_reverse"])
+    assert_matches(in_reward(torch.ones(3, dtype=F64)), want["grad_k1_in_loss"])
     for name, estimate in (("k1", k1), ("k2", k2), ("k3", k3)):
         value = estimate(logp, ref_logp)
-        close((pi * value).sum(), want[f"mean_{name}"])
-        close(in_reward(value), want[f"grad_{name}_in_reward"])
+        assert_matches((pi * value).sum(), want[f"mean_{name}"])
+        assert_matches(in_reward(value), want[f"grad_{name}_in_reward"])
     parameters = logp.clone().requires_grad_()
     full_kl(parameters, ref_logp).backward()
-    close(parameters.grad, want["grad_kl_reverse"])
-    close(full_kl(logp, ref_logp), want["kl_reverse"])
-    close(full_kl(ref_logp, logp), want["kl_forward"])
+    assert_matches(parameters.grad, want["grad_kl_reverse"])
+    assert_matches(full_kl(logp, ref_logp), want["kl_reverse"])
+    assert_matches(full_kl(ref_logp, logp), want["kl_forward"])
     parameters.grad = None
     full_kl(ref_logp, parameters).backward()
-    close(parameters.grad, want["grad_kl_forward"])
+    assert_matches(parameters.grad, want["grad_kl_forward"])
 
 
 def test_exact_gradients_off_policy(golden) -> None:
@@ -219,14 +219,14 @@ def test_exact_gradients_off_policy(golden) -> None:
         )
 
     want = case["expected"]
-    close(in_loss(KLUnbiased()), want["grad_ratio_times_k3"])
+    assert_matches(in_loss(KLUnbiased()), want["grad_ratio_times_k3"])
     # KLUnbiased is written as sg[ratio]·k2 in the backward pass: the same numbers.
-    close(in_loss(KLUnbiased()), want["grad_sg_ratio_times_k2"])
-    close(in_loss(KLUnbiased()), want["grad_kl_reverse"])
-    close(in_loss(RatioTimesK2()), want["grad_ratio_times_k2_live"])
-    close(in_loss(KLSquare()), want["grad_k2_uncorrected"])
-    close(in_loss(KLStraightThrough()), want["grad_k2_uncorrected"])
-    close(in_loss(KLNaive()), want["grad_k3_naive"])
+    assert_matches(in_loss(KLUnbiased()), want["grad_sg_ratio_times_k2"])
+    assert_matches(in_loss(KLUnbiased()), want["grad_kl_reverse"])
+    assert_matches(in_loss(RatioTimesK2()), want["grad_ratio_times_k2_live"])
+    assert_matches(in_loss(KLSquare()), want["grad_k2_uncorrected"])
+    assert_matches(in_loss(KLStraightThrough()), want["grad_k2_uncorrected"])
+    assert_matches(in_loss(KLNaive()), want["grad_k3_naive"])
 
 
 def two_steps(parameters: torch.Tensor) -> torch.Tensor:
@@ -245,7 +245,7 @@ def test_exact_gradients_two_step(golden) -> None:
     ref = two_steps(torch.tensor(flat_ref, dtype=F64).log())
     logp = two_steps(parameters)
     probability = logp.sum(1).exp()
-    close((probability * k1(logp, ref).sum(1)).sum(), want["kl_sequence"])
+    assert_matches((probability * k1(logp, ref).sum(1)).sum(), want["kl_sequence"])
 
     def in_loss(estimator: object) -> torch.Tensor:
         return expected_gradient(
@@ -257,19 +257,19 @@ def test_exact_gradients_two_step(golden) -> None:
             credit=torch.zeros(4, 2, dtype=F64),
         )
 
-    close(in_loss(KLSquare()), want["grad_token_k2"])
-    close(in_loss(KLUnbiased()), want["grad_token_ratio_k3"])
-    close(in_loss(KLSequenceSquare()), want["grad_sequence_k2"])
+    assert_matches(in_loss(KLSquare()), want["grad_token_k2"])
+    assert_matches(in_loss(KLUnbiased()), want["grad_token_ratio_k3"])
+    assert_matches(in_loss(KLSequenceSquare()), want["grad_sequence_k2"])
     to_go = k1(logp, ref).flip(1).cumsum(1).flip(1)
     in_reward = expected_gradient(two_steps, parameters, probability=probability, credit=-to_go)
-    close(in_reward, want["grad_k1_return_to_go_in_reward"])
-    close(in_reward, want["grad_kl_sequence"])
+    assert_matches(in_reward, want["grad_k1_return_to_go_in_reward"])
+    assert_matches(in_reward, want["grad_kl_sequence"])
 
 
 def test_full_vocabulary(golden) -> None:
     case = golden("kl/full_vocab")
     pi, ref = (torch.tensor(case["inputs"][key], dtype=F64) for key in ("pi", "ref"))
-    close(full_kl(pi.log(), ref.log()), case["expected"]["kl"])
+    assert_matches(full_kl(pi.log(), ref.log()), case["expected"]["kl"])
 
 
 @pytest.mark.parametrize("name", ["entropy/from_logits_T1", "entropy/from_logits_T0.7"])
@@ -281,6 +281,6 @@ def test_entropy_from_logits(golden, name: str) -> None:
         logits, torch.tensor(inputs["token"]), temperature=inputs["temperature"]
     )
     entropy.backward()
-    close(logp, want["logp"])
-    close(entropy, want["entropy"])
-    close(logits.grad, want["grad_entropy_wrt_logits"])
+    assert_matches(logp, want["logp"])
+    assert_matches(entropy, want["entropy"])
+    assert_matches(logits.grad, want["grad_entropy_wrt_logits"])

@@ -40,7 +40,7 @@ from gruppo.objective import (
     row_mean,
     token_covariance,
 )
-from support.golden_loss import close, naive, ppo, required, run, unbiased
+from support.golden_loss import assert_matches, naive, ppo, required, run, unbiased
 
 WEIGHTS = {
     "token_mean": TokenMean(),
@@ -167,8 +167,8 @@ def test_value_and_gradient(golden, name: str, dtype: torch.dtype) -> None:
     case = golden(name)
     tol = case["tol"] if dtype == torch.float64 else 1e-5
     loss, grad = run(built(CASES[name], case["inputs"]), case["inputs"], dtype)
-    close(loss.value, case["expected"]["loss"], tol)
-    close(grad, case["expected"]["grad_logp"], tol)
+    assert_matches(loss.value, case["expected"]["loss"], tol)
+    assert_matches(grad, case["expected"]["grad_logp"], tol)
 
 
 def test_clip_fractions(golden) -> None:
@@ -179,15 +179,15 @@ def test_clip_fractions(golden) -> None:
     mask = torch.tensor(inputs["mask"]).bool()
     low, high = loss.tokens.clipped_low.double(), loss.tokens.clipped_high.double()
     ratio = loss.tokens.ratio
-    close(torch.where(mask, ratio, 0), want["ratio"], 1e-6)
-    close(low, want["low"], 0)
-    close(high, want["high"], 0)
-    close(low[mask].mean(), want["clip_frac_low"], 1e-6)
-    close(high[mask].mean(), want["clip_frac_high"], 1e-6)
-    close((low + high)[mask].mean(), want["clip_frac"], 1e-6)
-    close(ratio[mask].mean(), want["ratio_mean"], 1e-6)
+    assert_matches(torch.where(mask, ratio, 0), want["ratio"], 1e-6)
+    assert_matches(low, want["low"], 0)
+    assert_matches(high, want["high"], 0)
+    assert_matches(low[mask].mean(), want["clip_frac_low"], 1e-6)
+    assert_matches(high[mask].mean(), want["clip_frac_high"], 1e-6)
+    assert_matches((low + high)[mask].mean(), want["clip_frac"], 1e-6)
+    assert_matches(ratio[mask].mean(), want["ratio_mean"], 1e-6)
     drift = k3(required(inputs, torch.float64, "old_logp"), required(inputs, torch.float64, "logp"))
-    close(drift[mask].mean(), want["approx_kl_k3"], 1e-6)
+    assert_matches(drift[mask].mean(), want["approx_kl_k3"], 1e-6)
 
 
 @pytest.mark.parametrize("name", ["loss/gspo", "loss/gspo_wide"])
@@ -197,7 +197,7 @@ def test_length_normalised_ratio(golden, name: str) -> None:
         required(case["inputs"], torch.float64, key) for key in ("logp", "old_logp", "mask")
     )
     ratio = row_mean(log_ratio(logp, old), mask.bool()).exp().squeeze(1)
-    close(ratio, case["expected"]["seq_ratio"], 1e-6)
+    assert_matches(ratio, case["expected"]["seq_ratio"], 1e-6)
 
 
 def test_vespo_weight(golden) -> None:
@@ -206,7 +206,7 @@ def test_vespo_weight(golden) -> None:
     _, grad = run(built(CASES["loss/vespo"], inputs), inputs)
     # The gradient of a token is -φ·A/N.
     phi = -grad[:, 0] * 12 / torch.tensor(inputs["advantages"], dtype=torch.float64)
-    close(phi, case["expected"]["phi"], 1e-6)
+    assert_matches(phi, case["expected"]["phi"], 1e-6)
 
 
 def test_clip_cov_eligible_tokens(golden) -> None:
@@ -216,10 +216,10 @@ def test_clip_cov_eligible_tokens(golden) -> None:
         required(inputs, torch.float64, key) for key in ("logp", "old_logp", "mask", "advantages")
     )
     spread = advantage[:, None].expand(mask.shape)
-    close(token_covariance(logp, spread, mask.bool()), case["expected"]["cov"], 1e-6)
+    assert_matches(token_covariance(logp, spread, mask.bool()), case["expected"]["cov"], 1e-6)
     select = CASES["loss/clip_cov"]["select"](inputs)
     chosen = select(logp, None, old_logp=old, advantage=spread, mask=mask.bool(), seed=3)
-    close(chosen.double(), case["expected"]["eligible"], 0)
+    assert_matches(chosen.double(), case["expected"]["eligible"], 0)
 
 
 def test_kl_cov_selected_tokens(golden) -> None:
@@ -231,14 +231,14 @@ def test_kl_cov_selected_tokens(golden) -> None:
     spread = advantage[:, None].expand(mask.shape)
     select = KlCovTokens(fraction=inputs["fraction"])
     chosen = select(logp, None, old_logp=old, advantage=spread, mask=mask.bool(), seed=0)
-    close(chosen.double(), case["expected"]["selected"], 0)
+    assert_matches(chosen.double(), case["expected"]["selected"], 0)
 
 
 def test_high_entropy_tokens_kept(golden) -> None:
     case = golden("loss/high_entropy_tokens")
     inputs = case["inputs"]
     loss, _ = run(built(CASES["loss/high_entropy_tokens"], inputs), inputs)
-    close(loss.tokens.kept.double(), case["expected"]["kept"], 0)
+    assert_matches(loss.tokens.kept.double(), case["expected"]["kept"], 0)
     entropy = torch.tensor(inputs["entropy"], dtype=torch.float64)
     above = entropy >= case["expected"]["threshold"]
     assert torch.equal(above & torch.tensor(inputs["mask"]).bool(), loss.tokens.kept)
@@ -250,22 +250,22 @@ def test_opsm_rows_kept(golden) -> None:
     loss, _ = run(built(CASES["loss/opsm"], inputs), inputs)
     mask = torch.tensor(inputs["mask"]).bool()
     kept = torch.where(mask, loss.tokens.kept, True).all(dim=1)
-    close(kept.double(), case["expected"]["kept"], 0)
+    assert_matches(kept.double(), case["expected"]["kept"], 0)
     logp, old = (required(inputs, torch.float64, key) for key in ("logp", "old_logp"))
-    close(row_mean(old - logp, mask).squeeze(1), case["expected"]["seq_kl"], 1e-6)
+    assert_matches(row_mean(old - logp, mask).squeeze(1), case["expected"]["seq_kl"], 1e-6)
 
 
 def test_entropy_bonus_mean(golden) -> None:
     case = golden("loss/entropy_bonus")
     loss, _ = run(built(CASES["loss/entropy_bonus"], case["inputs"]), case["inputs"])
-    close(loss.entropy, case["expected"]["mean_entropy"], 1e-6)
+    assert_matches(loss.entropy, case["expected"]["mean_entropy"], 1e-6)
 
 
 def test_decoupled_behaviour_weight(golden) -> None:
     case = golden("loss/decoupled_ppo")
     inputs = case["inputs"]
     loss, _ = run(built(CASES["loss/decoupled_ppo"], inputs), inputs)
-    close(loss.tokens.is_weight, case["expected"]["behav_weight"], 1e-6)
+    assert_matches(loss.tokens.is_weight, case["expected"]["behav_weight"], 1e-6)
 
 
 def test_rloo_sequence_ratio(golden) -> None:
@@ -274,7 +274,7 @@ def test_rloo_sequence_ratio(golden) -> None:
         required(case["inputs"], torch.float64, key) for key in ("logp", "old_logp", "mask")
     )
     x = engine_log_ratio(logp, old, mask.bool())
-    close(x.sum(1).exp(), case["expected"]["seq_ratio"], 1e-6)
+    assert_matches(x.sum(1).exp(), case["expected"]["seq_ratio"], 1e-6)
 
 
 def test_coefficients_come_from_the_objective() -> None:

@@ -78,6 +78,6 @@ def run(objective: Objective, inputs: dict, dtype: torch.dtype = torch.float64):
     return loss, logp.grad
 
 
-def close(actual: torch.Tensor, expected: object, tol: float) -> None:
+def assert_matches(actual: torch.Tensor, expected: object, tol: float) -> None:
     wanted = torch.tensor(expected, dtype=actual.dtype)
     torch.testing.assert_close(actual.detach(), wanted, atol=tol, rtol=0)
