@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gruppo.engine import LocalEngine
+from gruppo.model.attention import adopt
 from gruppo.types import Completion, Engine, Request
 
 END = 256  # <|im_end|> of the byte tokenizer
@@ -20,11 +21,23 @@ END = 256  # <|im_end|> of the byte tokenizer
 Make = Callable[..., Engine]
 
 
-def local(model: nn.Module, decode: Callable[[Sequence[int]], str], max_rows: int = 128) -> Engine:
-    return LocalEngine(model, decode, pad_token=END, max_rows=max_rows)
+def shared(model: nn.Module, decode: Callable[[Sequence[int]], str], max_rows: int = 128) -> Engine:
+    assert adopt(model), "the tiny model takes gruppo's attention"
+    engine = LocalEngine(model, decode, pad_token=END, max_rows=max_rows)
+    assert engine.is_shared, "the tiny model shares prompts"
+    return engine
 
 
-ENGINES: dict[str, Make] = {"local": local}
+def cramped(model: nn.Module, decode: Callable[[Sequence[int]], str], max_rows: int = 128) -> Engine:
+    adopt(model)
+    return LocalEngine(model, decode, pad_token=END, max_rows=max_rows, max_cached_tokens=60)
+
+
+def plain(model: nn.Module, decode: Callable[[Sequence[int]], str], max_rows: int = 128) -> Engine:
+    return LocalEngine(model, decode, pad_token=END, max_rows=max_rows, kind="plain")
+
+
+ENGINES: dict[str, Make] = {"shared": shared, "cramped": cramped, "plain": plain}
 
 
 def sharpen(model: nn.Module) -> nn.Module:

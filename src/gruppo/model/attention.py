@@ -5,7 +5,9 @@ It differs from transformers' ``sdpa`` where that is slow or refuses:
 * one query token with a key-value cache: the query heads that share a key head become the queries
   of one attention call, so keys and values are never repeated (in bfloat16 on CPU 3-7 times
   faster, as the kernel has rows to work on);
-* attention soft caps and sinks are computed (by plain matrix products) instead of refused.
+* attention soft caps and sinks are computed (by plain matrix products) instead of refused;
+* groups packed in one row (``packing.py``) and rows that share a prompt's keys (the engine's) bring
+  their layout along as a keyword argument of the model's forward.
 
 All else goes to transformers' own function. Masks, sliding windows included, are transformers'
 too. :func:`adopt` compares the result with the model's default before it is relied upon.
@@ -13,10 +15,11 @@ too. :func:`adopt` compares the result with the model's default before it is rel
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,9 +31,85 @@ from gruppo.model.parts import causal, device_of, embedding
 NAME = "gruppo"
 PACKING = "gruppo_packing"
 """Keyword argument of a model's forward that carries a ``Packing``."""
+SHARED = "gruppo_shared"
+"""Keyword argument of a model's forward that carries an ``Attend``."""
 # Largest difference of logits, relative to their largest value, that rounding can explain.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _PROBE_LENGTH = 9
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionRule:
+    """How a layer makes attention weights of scores.
+
+    ``scaling`` multiplies scores (None: the square root of the head's width, inverted). A token
+    sees itself and the ``window - 1`` tokens before it (None: all). Soft cap: arXiv:2408.00118,
+    section 2. ``sinks`` [H]: a learned logit per head that takes part in the softmax and is dropped
+    (gpt-oss, arXiv:2508.10925).
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @staticmethod
+    def of(scaling: float | None, options: dict[str, Any]) -> AttentionRule:
+        """The rule in transformers' keyword arguments."""
+        return AttentionRule(
+            scaling, options.get("sliding_window"), options.get("softcap"), options.get("s_aux")
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but a scaled softmax is asked for (the window is the mask's business)."""
+        return self.softcap is None and self.sinks is None
+
+    def seen(self, query: Int[Tensor, "*q"], key: Int[Tensor, "*k"]) -> Bool[Tensor, "*s"]:
+        """Whether the token at position ``query`` sees that at ``key`` (broadcast)."""
+        apart = query - key
+        return apart >= 0 if self.window is None else (apart >= 0) & (apart < self.window)
+
+    def attend(
+        self,
+        query: Float[Tensor, "B H Q D"],
+        key: Float[Tensor, "B K S D"],
+        value: Float[Tensor, "B K S E"],
+        mask: Tensor | None,
+    ) -> Float[Tensor, "B Q H E"]:
+        """Attention of ``H`` query heads over ``K`` key heads; no mask means plainly causal."""
+        if self.is_plain and mask is not None:
+            mixed = nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=self.scaling, enable_gqa=True
+            )
+            return mixed.transpose(1, 2)
+        grouped = _group_heads(query, key.shape[1])
+        scores = (grouped @ key.mT).view(*query.shape[:3], -1)
+        weights = self.weights(scores, mask, width=query.shape[-1]).to(value.dtype)
+        mixed = weights.view(*grouped.shape[:3], -1) @ value
+        return mixed.view(*query.shape[:3], -1).transpose(1, 2).contiguous()
+
+    def weights(
+        self, scores: Float[Tensor, "B H Q S"], mask: Tensor | None, *, width: int
+    ) -> Float[Tensor, "B H Q S"]:
+        """Softmax of products of queries and keys of ``width`` numbers, in wide floats."""
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores * (width**-0.5 if self.scaling is None else self.scaling)
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        scores = _masked(scores, mask)
+        if self.sinks is None:
+            return torch.softmax(scores, -1)
+        sinks = self.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
+
+
+class Attend(Protocol):
+    """What an engine passes along as ``SHARED``: attention over keys that it keeps itself."""
+
+    def attend(self, layer_index: int, query: Tensor, rule: AttentionRule) -> Tensor:
+        """Attention [B, Q, H, E] of ``query`` [B, H, Q, D] in one layer."""
+        ...
 
 
 def attention(
@@ -48,10 +127,15 @@ def attention(
     sink logit per query head) and what ``sdpa`` takes. Attention dropout applies on the ``sdpa``
     path only (gruppo loads models with dropout 0).
     """
+    rule = AttentionRule.of(scaling, options)
+    if SHARED in options:
+        return options[SHARED].attend(module.layer_idx, query, rule), None
     if PACKING in options:
-        return _packed(query, key, value, scaling=scaling, options=options), None
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
-        return _plain(query, key, value, attention_mask, scaling=scaling, options=options), None
+        packing: Packing = options[PACKING]
+        groups, window = packing.groups, rule.window
+        return packed_attention(query, key, value, groups, rule.attend, window=window), None
+    if not rule.is_plain:
+        return rule.attend(query, key, value, attention_mask), None
     special = options.get("position_bias") is not None or options.get("cache") is not None
     if query.shape[2] == 1 and not special and _is_shared(attention_mask):
         grouped = _group_heads(query, key.shape[1])
@@ -64,25 +148,6 @@ def attention(
     )
 
 
-def _packed(
-    query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, options: dict[str, Any]
-) -> Tensor:
-    """Attention over groups packed in one row; the layout comes with the forward's arguments."""
-    special = options.get("softcap") is not None or options.get("s_aux") is not None
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        if special:
-            return _plain(q, k, v, mask, scaling=scaling, options=options)
-        mixed = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True
-        )
-        return mixed.transpose(1, 2)
-
-    packing: Packing = options[PACKING]
-    window = options.get("sliding_window")
-    return packed_attention(query, key, value, packing.groups, kernel, window=window)
-
-
 def _is_shared(mask: Tensor | None) -> bool:
     """Whether a mask is the same for all heads."""
     return mask is None or mask.shape[1] == 1
@@ -91,37 +156,6 @@ def _is_shared(mask: Tensor | None) -> bool:
 def _group_heads(query: Tensor, num_keys: int) -> Tensor:
     """[B, H, Q, D] to [B, K, (H/K) Q, D]: heads of one key head side by side."""
     return query.reshape(len(query), num_keys, -1, query.shape[-1])
-
-
-def _plain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """Softmax attention by two products per key head, with soft cap and sinks; [B, Q, H, E].
-
-    Soft cap: arXiv:2408.00118, section 2. Sinks: a learned logit per head that takes part in the
-    softmax and is dropped (gpt-oss, arXiv:2508.10925).
-    """
-    rows, heads, length, width = query.shape
-    grouped = _group_heads(query, key.shape[1])
-    scores = grouped @ key.transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scores = scores.view(rows, heads, length, -1).to(wide)
-    if options.get("softcap") is not None:
-        scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
-    scores = _masked(scores, mask)
-    if options.get("s_aux") is not None:
-        sinks = options["s_aux"].to(wide).view(1, -1, 1, 1).expand(rows, heads, length, 1)
-        weights = torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
-    else:
-        weights = torch.softmax(scores, -1)
-    mixed = weights.to(value.dtype).view(*grouped.shape[:3], -1) @ value
-    return mixed.view(rows, heads, length, -1).transpose(1, 2).contiguous()
 
 
 def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,19 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gruppo.engine.local.schedule import Row
 from gruppo.engine.sampler import stream, uniforms
 from gruppo.types import Request
 
 _PREFILL_TOKENS = 16384  # padded prompt tokens of a wave: bounds the memory of its one prefill
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """Sample ``sample`` of request ``request``, to be drawn: at most ``limit`` tokens."""
-
-    request: int
-    sample: int
-    limit: int
 
 
 def plan_waves(

@@ -1,35 +1,42 @@
 """An engine that runs the policy's own module in this process.
 
 It shares weights with the policy by default, so sampling and training differ by rounding alone. A
-prompt is read once for all its completions; rows are decoded in padded batches from which they
-leave as they end. It does not hold prompts of a group once in attention, does not let waiting
-rows enter a running batch, and captures no graphs.
+prompt is computed once for its group, whose completions share its keys and values; a completion
+that ends makes room for the next one at once. Models for which that is not possible (found out by
+trying) are drawn in plain waves. It captures no graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import cast, final
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, cast, final
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from gruppo.engine.base import Decode, check_requests, check_sampling, complete, ends_in_stop, room
-from gruppo.engine.local.batch import Prompts, Row, Wave, plan_waves
-from gruppo.engine.local.cache import make_cache, select_rows
-from gruppo.engine.sampler import sample
+from gruppo.engine.local.batch import plan_waves
+from gruppo.engine.local.module import HALF, copy_weights, generating
+from gruppo.engine.local.probe import can_share
+from gruppo.engine.local.schedule import Row, Schedule, rows_of
+from gruppo.engine.local.shared import Drawing, Drawn, Spoken
+from gruppo.engine.local.store import Store
+from gruppo.engine.local.waves import Waves
 from gruppo.types import Completion, Request, Sampling
 
-_HALF = (torch.bfloat16, torch.float16)
-_COMPUTE_DTYPES = (torch.float32, torch.float64, *_HALF)
+_COMPUTE_DTYPES = (torch.float32, torch.float64, *HALF)
+
+EngineKind = Literal["shared", "plain"]
 
 
 @final
 class LocalEngine:
     """Draws completions with a Hugging Face causal language model in this process.
+
+    ``is_shared`` says whether groups share their prompt; ``peak_cache_bytes`` is the most memory
+    that keys and values took in the last call.
 
     Args:
         model: the module (shared with the policy, or the engine's own). Its train or eval mode,
@@ -40,12 +47,15 @@ class LocalEngine:
             weights have another type than float32 runs as it is.
         max_rows: most completions decoded at once. Which completions are drawn does not depend on
             it, except for rounding of the logits.
+        max_cached_tokens: most tokens whose keys and values are held at once, every prompt counted
+            once and every running completion with its whole budget; None for no bound.
+        kind: "plain" never shares a prompt's keys nor refills a running batch.
 
     Raises:
-        ValueError: if ``max_rows`` or ``compute_dtype`` cannot be used.
+        ValueError: an argument cannot be used.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - independent settings, all but two with a default
         self,
         model: nn.Module,
         decode: Decode,
@@ -53,17 +63,27 @@ class LocalEngine:
         pad_token: int,
         compute_dtype: torch.dtype = torch.float32,
         max_rows: int = 128,
+        max_cached_tokens: int | None = None,
+        kind: EngineKind = "shared",
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows = {max_rows}; use 1 or more")
+        if max_cached_tokens is not None and max_cached_tokens < 1:
+            raise ValueError(f"max_cached_tokens = {max_cached_tokens}; use 1 or more, or None")
         if compute_dtype not in _COMPUTE_DTYPES:
             raise ValueError(f"compute_dtype = {compute_dtype}; use bfloat16, float16 or float32")
+        if kind not in ("shared", "plain"):
+            raise ValueError(f'kind = {kind!r}; use "shared" or "plain"')
         self._model: PreTrainedModel | None = cast(PreTrainedModel, model)
         self._decode = decode
         self._pad_token = pad_token
         self._compute_dtype = compute_dtype
         self._max_rows = max_rows
+        self._max_cached_tokens = max_cached_tokens
         self._version = 0
+        self._is_aborted = False
+        self.is_shared = kind == "shared" and can_share(self._model, compute_dtype)
+        self.peak_cache_bytes = 0
 
     @property
     def version(self) -> int:
@@ -88,17 +108,24 @@ class LocalEngine:
         check_sampling(sampling)
         check_requests(requests, vocab_size=config.vocab_size, context=context)
         limits = [room(request, sampling, context) for request in requests]
-        drawn: dict[tuple[int, int], Completion] = {}
-        with _generating(model, self._compute_dtype) as cache_dtype:
-            for rows in plan_waves(requests, limits, max_rows=self._max_rows):
-                wave = self._run(model, rows, requests, sampling=sampling, dtype=cache_dtype)
-                for row, (tokens, logp, stopped) in zip(rows, wave.results(), strict=True):
-                    drawn[row.request, row.sample] = self._complete(tokens, logp, stopped, sampling)
-        empty = self._complete([], [], False, sampling)
+        self._is_aborted = False
+        draw = self._shared if self.is_shared else self._plain
+        drawn = draw(model, requests, limits, sampling)
         return [
-            tuple(drawn.get((index, at), empty) for at in range(request.num_samples))
-            for index, request in enumerate(requests)
+            tuple(
+                self._complete(drawn, Row(request=index, sample=at, limit=limit), sampling)
+                for at in range(request.num_samples)
+            )
+            for index, (request, limit) in enumerate(zip(requests, limits, strict=True))
         ]
+
+    def abort(self) -> None:
+        """End the present ``generate`` at its next token, from another thread or a callback.
+
+        Its running completions are returned as they are and those not begun empty, both with
+        ``finish = "abort"``. Plain waves end with their wave.
+        """
+        self._is_aborted = True
 
     def load(self, weights: Mapping[str, Tensor] | None, version: int) -> None:
         """Take new weights and their version number.
@@ -112,7 +139,7 @@ class LocalEngine:
             ValueError: if names or shapes are not the model's; nothing is changed then.
         """
         if weights is not None:
-            _copy_weights(self._open(), weights)
+            copy_weights(self._open(), weights)
         self._version = version
 
     def close(self) -> None:
@@ -124,128 +151,75 @@ class LocalEngine:
             raise ValueError("this engine is closed; make a new LocalEngine")
         return self._model
 
-    def _complete(
-        self, tokens: list[int], logp: list[float], stopped: bool, sampling: Sampling
-    ) -> Completion:
-        return complete(
-            tokens,
-            logp,
-            stopped=stopped,
+    def _shared(
+        self,
+        model: PreTrainedModel,
+        requests: Sequence[Request],
+        limits: Sequence[int],
+        sampling: Sampling,
+    ) -> dict[Row, Drawn]:
+        rows = rows_of(requests, limits)
+        schedule = Schedule(
+            rows, requests, max_rows=self._max_rows, max_tokens=self._max_cached_tokens
+        )
+        with generating(model, self._compute_dtype) as dtype:
+            store = Store(
+                model.config.get_text_config(decoder=True).num_hidden_layers,
+                slots=min(self._max_rows, len(rows)),
+                dtype=dtype or next(model.parameters()).dtype,
+            )
+            drawing = Drawing(
+                model,
+                requests,
+                schedule,
+                sampling=sampling,
+                store=store,
+                spoken=self._spoken(sampling),
+            )
+            while not (schedule.is_done or self._is_aborted):
+                drawing.turn()
+        drawing.abort()
+        self.peak_cache_bytes = store.num_bytes
+        return drawing.drawn
+
+    def _plain(
+        self,
+        model: PreTrainedModel,
+        requests: Sequence[Request],
+        limits: Sequence[int],
+        sampling: Sampling,
+    ) -> dict[Row, Drawn]:
+        drawn: dict[Row, Drawn] = {}
+        with generating(model, self._compute_dtype) as dtype:
+            waves = Waves(
+                model=model,
+                requests=requests,
+                sampling=sampling,
+                pad_token=self._pad_token,
+                dtype=dtype,
+                spoken=self._spoken(sampling),
+            )
+            for rows in plan_waves(requests, limits, max_rows=self._max_rows):
+                if not self._is_aborted:
+                    drawn |= waves.draw(rows)
+        return drawn
+
+    def _spoken(self, sampling: Sampling) -> Spoken | None:
+        """How to see that rows have just completed a stop string; None if there are none."""
+        if not sampling.stop:
+            return None
+        stop, decode = sampling.stop, self._decode
+        return lambda rows: [ends_in_stop(row, stop=stop, decode=decode) for row in rows]
+
+    def _complete(self, drawn: Mapping[Row, Drawn], row: Row, sampling: Sampling) -> Completion:
+        unbegun = Drawn(tokens=[], logp=[], stopped=False, aborted=row.limit > 0)
+        found = drawn.get(row, unbegun)
+        made = complete(
+            found.tokens,
+            found.logp,
+            stopped=found.stopped,
             sampling=sampling,
             version=self._version,
             decode=self._decode,
         )
-
-    def _run(
-        self,
-        model: PreTrainedModel,
-        rows: Sequence[Row],
-        requests: Sequence[Request],
-        *,
-        sampling: Sampling,
-        dtype: torch.dtype | None,
-    ) -> Wave:
-        """Draw all rows of one wave."""
-        device = next(model.parameters()).device
-        prompts = Prompts.of(rows, requests, pad_token=self._pad_token, device=device)
-        wave = Wave(rows, requests, prompts)
-        ends = torch.tensor(sampling.stop_tokens, dtype=torch.long, device=device)
-        cache = make_cache(model.config, dtype)
-        logits = _forward(model, prompts.tokens, prompts.mask, prompts.positions, cache=cache)
-        select_rows(cache, prompts.source)
-        logits = logits[prompts.source]
-        while True:
-            token, logp = sample(logits, wave.uniforms(), sampling)
-            wave.write(token, logp)
-            stopped = (token[:, None] == ends).any(-1)
-            if sampling.stop:
-                stopped |= self._spoken(wave, sampling).to(device)
-            keep = wave.retire(stopped)
-            if keep is not None:
-                if len(keep) == 0:
-                    return wave
-                select_rows(cache, keep)
-                token = token[keep]
-            logits = _forward(model, token[:, None], wave.mask(), wave.positions(), cache=cache)
-
-    def _spoken(self, wave: Wave, sampling: Sampling) -> Tensor:
-        """Which running rows [N] have just completed a stop string."""
-        stop, decode = sampling.stop, self._decode
-        return torch.tensor([ends_in_stop(t, stop=stop, decode=decode) for t in wave.running()])
-
-
-def _forward(
-    model: PreTrainedModel,
-    tokens: Int[Tensor, "N Q"],
-    mask: Tensor,
-    positions: Int[Tensor, "N Q"],
-    *,
-    cache: DynamicCache,
-) -> Float[Tensor, "N V"]:
-    """Logits after the last of ``tokens``, whose keys and values are added to ``cache``."""
-    output = model(
-        input_ids=tokens,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1]
-
-
-def _is_single(parameter: Tensor) -> bool:
-    return parameter.dtype == torch.float32
-
-
-@contextmanager
-def _generating(model: nn.Module, compute_dtype: torch.dtype) -> Iterator[torch.dtype | None]:
-    """Eval mode, no gradients, and one autocast context for all forwards; undone afterwards.
-
-    Yields the type in which to keep keys and values, None for whatever the model makes.
-    """
-    weight = next(model.parameters())
-    mixed = compute_dtype in _HALF and _is_single(weight)
-    training = [module for module in model.modules() if module.training]
-    # Autocast keeps the 16-bit copy of a weight only if the weight asks for a gradient; a frozen
-    # one (under an adapter) would be cast again at every token.
-    frozen = [p for p in model.parameters() if mixed and not p.requires_grad and _is_single(p)]
-    # Within a caller's own autocast context the 16-bit copies live on: here those of the weights
-    # before their last update, afterwards ours, made without a graph that training could use.
-    torch.clear_autocast_cache()
-    model.eval()
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with torch.no_grad(), torch.autocast(weight.device.type, compute_dtype, enabled=mixed):
-            yield compute_dtype if mixed else None
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for module in training:
-            module.training = True
-        torch.clear_autocast_cache()
-
-
-def _copy_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy ``weights`` into the model, all or nothing."""
-    own = model.state_dict()
-    if unknown := sorted(set(weights) - set(own)):
-        raise ValueError(
-            f"weights hold {unknown[0]!r} (and {len(unknown) - 1} more), which the model does not "
-            "have; give the state of a model of the same architecture"
-        )
-    for name, tensor in weights.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(
-                f"weight {name!r} has shape {tuple(tensor.shape)}, the model's has "
-                f"{tuple(own[name].shape)}; give the state of a model of the same size"
-            )
-    covered = {own[name].data_ptr() for name in weights}
-    if missing := [name for name, tensor in own.items() if tensor.data_ptr() not in covered]:
-        raise ValueError(
-            f"weights lack {missing[0]!r} (and {len(missing) - 1} more); give the whole state"
-        )
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
+        return replace(made, finish="abort") if found.aborted else made

@@ -1,0 +1,69 @@
+"""Whether a model draws the same with shared prompts as plainly: tried, on a few tokens.
+
+Models that keep another state than keys and values (state spaces, linear attention), whose
+attention is not gruppo's, or whose forward takes no layout, do not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gruppo.engine.local.module import generating
+from gruppo.engine.local.schedule import Schedule, rows_of
+from gruppo.engine.local.shared import Drawing
+from gruppo.engine.local.store import Store
+from gruppo.model.attention import NAME
+from gruppo.types import Request, Sampling
+
+# Largest difference of a log-probability that rounding can explain.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+_HALF_TOLERANCE = 0.3
+_PROMPTS = ((5, 6, 7, 8), (9, 10))
+_TOKENS = 5
+
+
+def can_share(model: PreTrainedModel, compute_dtype: torch.dtype) -> bool:
+    """Whether tokens drawn with shared prompts get a plain forward's log-probabilities."""
+    if model.config._attn_implementation != NAME:
+        return False
+    config = model.config.get_text_config(decoder=True)
+    prompts = [tuple(token % config.vocab_size for token in prompt) for prompt in _PROMPTS]
+    requests = [Request(tokens=prompt, num_samples=2, key=(0,)) for prompt in prompts]
+    sampling = Sampling(max_tokens=_TOKENS)
+    with generating(model, compute_dtype) as dtype:
+        kept = dtype or next(model.parameters()).dtype
+        schedule = Schedule(rows_of(requests, [_TOKENS] * 2), requests, max_rows=3)
+        drawing = Drawing(
+            model,
+            requests,
+            schedule,
+            sampling=sampling,
+            store=Store(config.num_hidden_layers, slots=3, dtype=kept),
+            spoken=None,
+        )
+        try:
+            while not schedule.is_done:
+                drawing.turn()
+        except (AttributeError, TypeError, NotImplementedError, FloatingPointError):
+            return False  # the model's own code does not go with such a cache or argument
+        tolerance = _TOLERANCE.get(kept, _HALF_TOLERANCE)
+        return all(
+            bool(
+                (_plain_logp(model, prompts[row.request], drawn.tokens) - torch.tensor(drawn.logp))
+                .abs()
+                .max()
+                <= tolerance
+            )
+            for row, drawn in drawing.drawn.items()
+        )
+
+
+def _plain_logp(model: PreTrainedModel, prompt: tuple[int, ...], tokens: list[int]) -> Tensor:
+    """Log-probabilities of ``tokens`` [T] from one forward without a cache."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*prompt, *tokens]], device=device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    picked = torch.log_softmax(logits.float(), -1).gather(-1, ids[0, len(prompt) :, None])
+    return picked[:, 0].cpu()
