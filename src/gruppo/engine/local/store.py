@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from gruppo.engine.local import native
+from gruppo import native
 from gruppo.model.attention import AttentionRule
 
 _STEP = 128  # columns added when a buffer is full: a copy once in 128 tokens
@@ -235,9 +235,25 @@ class Decode:
         """Attention of one query a row over its prompt and its own tokens."""
         layer = self.store.layers[layer_index]
         query = query.to(layer.own_keys.dtype)
-        if native.can_attend(query, rule):
-            return native.attend(self, layer, query, rule)
+        same_width = layer.own_values.shape[3] == query.shape[3]
+        if rule.is_plain and same_width and native.is_supported(query):
+            return self._native(layer, query, rule)
         return self._plain(layer, query, rule)
+
+    def _native(self, layer: LayerStore, query: Tensor, rule: AttentionRule) -> Tensor:
+        mixed = native.decode_attention(
+            query[:, :, 0],
+            layer.prompt_keys,
+            layer.prompt_values,
+            layer.own_keys,
+            layer.own_values,
+            place=self.place,
+            prompt_length=self.prompt_length,
+            own_length=self.own_length,
+            scaling=query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling,
+            window=rule.window,
+        )
+        return mixed[:, None]
 
     def _plain(self, layer: LayerStore, query: Tensor, rule: AttentionRule) -> Tensor:
         count, heads = query.shape[:2]

@@ -1,0 +1,9 @@
+"""Small C++ kernels for the CPU, compiled once on the user's machine; optional everywhere.
+
+Each has an equal in plain torch, which is used where no compiler is found.
+"""
+
+from gruppo.native.attention import decode_attention, is_supported
+from gruppo.native.library import library
+
+__all__ = ["decode_attention", "is_supported", "library"]

@@ -1,0 +1,64 @@
+"""Attention of one new token a row over a shared prompt and the row's own tokens."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gruppo.native.library import library
+
+_NAMES = {
+    torch.float32: "decode_attention_float32",
+    torch.bfloat16: "decode_attention_bfloat16",
+}
+
+
+def is_supported(query: Tensor) -> bool:
+    """Whether ``decode_attention`` can take such queries here."""
+    return query.device.type == "cpu" and query.dtype in _NAMES and library() is not None
+
+
+def decode_attention(  # noqa: PLR0913 - eight tensors, each one thing
+    query: Float[Tensor, "N H D"],
+    prompt_keys: Float[Tensor, "P K W D"],
+    prompt_values: Float[Tensor, "P K W D"],
+    own_keys: Float[Tensor, "S K C D"],
+    own_values: Float[Tensor, "S K C D"],
+    *,
+    place: Int[Tensor, "N"],
+    prompt_length: Int[Tensor, "N"],
+    own_length: Int[Tensor, "N"],
+    scaling: float,
+    window: int | None = None,
+) -> Float[Tensor, "N H D"]:
+    """Softmax attention of row ``n`` over prompt ``place[n]`` and its own tokens.
+
+    It sees the first ``prompt_length[n]`` keys of the prompt and ``own_length[n] + 1`` of its own
+    (the last is that of the query's token); of these the last ``window``. Only for what
+    ``is_supported``. Products and sums are in float32.
+    """
+    kernels = library()
+    assert kernels is not None, "is_supported was asked before"
+    rows, heads, width = query.shape
+    key_heads = prompt_keys.shape[1]
+    sizes = (ctypes.c_int64 * 7)(
+        rows,
+        key_heads,
+        heads // key_heads,
+        width,
+        prompt_keys.shape[2],
+        own_keys.shape[2],
+        window or 0,
+    )
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    tensors = (query, prompt_keys, prompt_values, own_keys, own_values)
+    tensors += (place, prompt_length, own_length, out)
+    assert all(tensor.is_contiguous() for tensor in tensors), "buffers are whole"
+    kernels[_NAMES[query.dtype]](
+        sizes, ctypes.c_float(scaling), *(ctypes.c_void_p(t.data_ptr()) for t in tensors)
+    )
+    return out

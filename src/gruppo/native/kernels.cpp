@@ -1,0 +1,173 @@
+// Decode attention over a shared prompt and a completion's own tokens, for CPUs.
+//
+// Plain C interface, no torch headers: compiled in a second with whatever compiler is there, for
+// the processor it runs on. Loops are written so that the compiler vectorises them at any width.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+inline float widen(float x) { return x; }
+inline float widen(uint16_t x) {  // bfloat16 is the upper half of a float
+  uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, uint16_t* to) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  *to = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// exp for x <= 0, within 2e-7 of the true value relatively; 0 below -87.
+inline float exp_negative(float x) {
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const float n = std::nearbyint(clamped * 1.44269504f);
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t exponent = (static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &exponent, 4);
+  return x < -87.0f ? 0.0f : p * scale;
+}
+
+struct Shape {
+  int64_t rows, key_heads, repeats, width;
+  int64_t prompt_columns, own_columns;  // allocated, not filled
+  int64_t window;                       // 0: none
+  float scaling;
+};
+
+// Scores of `repeats` queries with keys [from, to), written to scores[j * stride + at]. WIDTH is
+// the heads' width where it is a common one (loops unroll), else 0.
+template <int WIDTH, typename T>
+void score(const T* keys, int64_t from, int64_t to, const float* query, const Shape& s,
+           float* scores, int64_t stride) {
+  const int64_t width = WIDTH ? WIDTH : s.width;
+  for (int64_t j = 0; j < s.repeats; ++j) {
+    const float* q = query + j * width;
+    for (int64_t x = from; x < to; ++x) {
+      const T* key = keys + x * width;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t d = 0; d < width; ++d) sum += q[d] * widen(key[d]);
+      scores[j * stride + (x - from)] = sum;
+    }
+  }
+}
+
+// mixed[j] += sum over x of weights[j * stride + at] * values[x]
+template <int WIDTH, typename T>
+void mix(const T* values, int64_t from, int64_t to, const float* weights, int64_t stride,
+         const Shape& s, float* mixed) {
+  constexpr int64_t kBlock = 32;  // sums that stay in registers
+  const int64_t width = WIDTH ? WIDTH : s.width;
+  for (int64_t j = 0; j < s.repeats; ++j) {
+    const float* weight = weights + j * stride - from;
+    float* out = mixed + j * width;
+    int64_t d = 0;
+    for (; d + kBlock <= width; d += kBlock) {
+      float sums[kBlock];
+      std::copy(out + d, out + d + kBlock, sums);
+      for (int64_t x = from; x < to; ++x) {
+        const T* value = values + x * width + d;
+#pragma omp simd
+        for (int64_t i = 0; i < kBlock; ++i) sums[i] += weight[x] * widen(value[i]);
+      }
+      std::copy(sums, sums + kBlock, out + d);
+    }
+    for (; d < width; ++d)
+      for (int64_t x = from; x < to; ++x) out[d] += weight[x] * widen(values[x * width + d]);
+  }
+}
+
+// One row and one key head: `repeats` queries over the prompt's and the row's own keys.
+template <int WIDTH, typename T>
+void attend(const Shape& s, const T* query, const T* prompt_keys, const T* prompt_values,
+            int64_t prompt_length, const T* own_keys, const T* own_values, int64_t own_length,
+            T* out, std::vector<float>& scratch) {
+  const int64_t seen = prompt_length + own_length;  // the row's newest token is the last
+  const int64_t first = s.window > 0 ? std::max<int64_t>(0, seen - s.window) : 0;
+  const int64_t prompt_from = std::min(first, prompt_length);
+  const int64_t own_from = std::max<int64_t>(0, first - prompt_length);
+  const int64_t count = seen - first, of_prompt = prompt_length - prompt_from;
+  scratch.assign(s.repeats * (count + 2 * s.width), 0.0f);
+  float* scores = scratch.data();
+  float* wide = scores + s.repeats * count;
+  float* mixed = wide + s.repeats * s.width;
+  for (int64_t i = 0; i < s.repeats * s.width; ++i) wide[i] = widen(query[i]) * s.scaling;
+  score<WIDTH>(prompt_keys, prompt_from, prompt_length, wide, s, scores, count);
+  score<WIDTH>(own_keys, own_from, own_length, wide, s, scores + of_prompt, count);
+  for (int64_t j = 0; j < s.repeats; ++j) {
+    float* row = scores + j * count;
+    float top = row[0], total = 0;
+    for (int64_t x = 1; x < count; ++x) top = std::max(top, row[x]);
+#pragma omp simd reduction(+ : total)
+    for (int64_t x = 0; x < count; ++x) {
+      row[x] = exp_negative(row[x] - top);
+      total += row[x];
+    }
+    const float inverse = 1.0f / total;
+#pragma omp simd
+    for (int64_t x = 0; x < count; ++x) row[x] *= inverse;
+  }
+  mix<WIDTH>(prompt_values, prompt_from, prompt_length, scores, count, s, mixed);
+  mix<WIDTH>(own_values, own_from, own_length, scores + of_prompt, count, s, mixed);
+  for (int64_t i = 0; i < s.repeats * s.width; ++i) narrow(mixed[i], out + i);
+}
+
+template <int WIDTH, typename T>
+void decode(const Shape& s, const T* query, const T* prompt_keys, const T* prompt_values,
+            const T* own_keys, const T* own_values, const int64_t* place,
+            const int64_t* prompt_length, const int64_t* own_length, T* out) {
+  const int64_t of_prompt = s.prompt_columns * s.width, of_own = s.own_columns * s.width;
+#pragma omp parallel
+  {
+    std::vector<float> scratch;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t n = 0; n < s.rows; ++n) {
+      for (int64_t h = 0; h < s.key_heads; ++h) {
+        const int64_t at = (n * s.key_heads + h);
+        const int64_t prompt = (place[n] * s.key_heads + h) * of_prompt;
+        const int64_t mine = at * s.repeats * s.width;
+        attend<WIDTH>(s, query + mine, prompt_keys + prompt, prompt_values + prompt, prompt_length[n],
+               own_keys + at * of_own, own_values + at * of_own, own_length[n] + 1, out + mine,
+               scratch);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// Tensors are contiguous: query and out [N, K * R, D], prompt keys and values [P, K, W, D], own
+// ones [S, K, C, D]; place, prompt_length and own_length [N] are int64. own_length does not count
+// the token being computed, whose key and value are in the buffer already.
+#define DECODE(NAME, TYPE)                                                                        \
+  extern "C" void NAME(const int64_t* sizes, float scaling, const TYPE* query,                    \
+                       const TYPE* prompt_keys, const TYPE* prompt_values, const TYPE* own_keys,  \
+                       const TYPE* own_values, const int64_t* place,                              \
+                       const int64_t* prompt_length, const int64_t* own_length, TYPE* out) {      \
+    const Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],       \
+                      scaling};                                                                   \
+    const auto run = shape.width == 64    ? decode<64, TYPE>                                      \
+                     : shape.width == 128 ? decode<128, TYPE>                                     \
+                                          : decode<0, TYPE>;                                      \
+    run(shape, query, prompt_keys, prompt_values, own_keys, own_values, place, prompt_length,     \
+        own_length, out);                                                                         \
+  }
+
+DECODE(decode_attention_float32, float)
+DECODE(decode_attention_bfloat16, uint16_t)

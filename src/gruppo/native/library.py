@@ -1,0 +1,93 @@
+"""Compiling the kernels and loading them: once per user, source, compiler and processor.
+
+They are linked with the OpenMP runtime that torch has loaded already: two runtimes in one process
+would keep two pools of threads that hinder each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from gruppo.cache import cache_folder
+
+_COMPILERS = ("c++", "g++", "clang++")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
+# fp contraction and reordered sums are what vector code needs; NaN and inf keep their meaning
+_MATH = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
+_TIMEOUT_S = 120
+_log = logging.getLogger(__name__)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None (and a log line that says why) where they cannot be had.
+
+    ``GRUPPO_NATIVE=0`` in the environment turns them off.
+    """
+    if os.environ.get("GRUPPO_NATIVE") == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.info("no compiled kernels, plain torch instead: %s", error)
+        return None
+
+
+def _compiled() -> Path:
+    """The shared object, made if it is not in the user's cache."""
+    compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
+    if compiler is None:
+        raise OSError(f"no C++ compiler found (looked for {', '.join(_COMPILERS)})")
+    source = files("gruppo.native").joinpath("kernels.cpp").read_text(encoding="utf-8")
+    runtime = _openmp()
+    identity = "\0".join((source, compiler, *_FLAGS, *_MATH, str(runtime), _processor()))
+    target = cache_folder() / "native" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if not target.exists():
+        _compile(compiler, source, runtime, target)
+    return target
+
+
+def _compile(compiler: str, source: str, runtime: Path | None, target: Path) -> None:
+    """Compile next to ``target`` and rename, so that it is whole or not there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
+        code.write_text(source, encoding="utf-8")
+        link = [str(runtime)] if runtime else []
+        command = [compiler, *_FLAGS, *_MATH, str(code), "-o", str(made), *link]
+        ran = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+        if ran.returncode:
+            raise OSError(f"{compiler} failed: {ran.stderr.strip()[-500:]}")
+        made.replace(target)
+
+
+def _openmp() -> Path | None:
+    """File of the OpenMP runtime in this process; None if it is not known."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+        path = Path(line.split(maxsplit=5)[-1])
+        if path.name.startswith(("libgomp", "libomp", "libiomp")):
+            return path
+    return None
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a cache may be shared by machines of several kinds."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    known = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join(known[:2]) or platform.processor() or platform.machine()
