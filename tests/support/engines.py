@@ -28,7 +28,9 @@ def shared(model: nn.Module, decode: Callable[[Sequence[int]], str], max_rows: i
     return engine
 
 
-def cramped(model: nn.Module, decode: Callable[[Sequence[int]], str], max_rows: int = 128) -> Engine:
+def cramped(
+    model: nn.Module, decode: Callable[[Sequence[int]], str], max_rows: int = 128
+) -> Engine:
     adopt(model)
     return LocalEngine(model, decode, pad_token=END, max_rows=max_rows, max_cached_tokens=60)
 

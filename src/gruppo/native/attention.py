@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gruppo.native.library import library
+from gruppo.native.library import kernels
 
 _NAMES = {
     torch.float32: "decode_attention_float32",
@@ -18,7 +18,7 @@ _NAMES = {
 
 def is_supported(query: Tensor) -> bool:
     """Whether ``decode_attention`` can take such queries here."""
-    return query.device.type == "cpu" and query.dtype in _NAMES and library() is not None
+    return query.device.type == "cpu" and query.dtype in _NAMES and kernels() is not None
 
 
 def decode_attention(  # noqa: PLR0913 - eight tensors, each one thing
@@ -40,8 +40,8 @@ def decode_attention(  # noqa: PLR0913 - eight tensors, each one thing
     (the last is that of the query's token); of these the last ``window``. Only for what
     ``is_supported``. Products and sums are in float32.
     """
-    kernels = library()
-    assert kernels is not None, "is_supported was asked before"
+    compiled = kernels()
+    assert compiled is not None, "is_supported was asked before"
     rows, heads, width = query.shape
     key_heads = prompt_keys.shape[1]
     sizes = (ctypes.c_int64 * 7)(
@@ -58,7 +58,7 @@ def decode_attention(  # noqa: PLR0913 - eight tensors, each one thing
     tensors = (query, prompt_keys, prompt_values, own_keys, own_values)
     tensors += (place, prompt_length, own_length, out)
     assert all(tensor.is_contiguous() for tensor in tensors), "buffers are whole"
-    kernels[_NAMES[query.dtype]](
+    compiled[_NAMES[query.dtype]](
         sizes, ctypes.c_float(scaling), *(ctypes.c_void_p(t.data_ptr()) for t in tensors)
     )
     return out

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def kernels() -> ctypes.CDLL | None:
     """The compiled kernels; None (and a log line that says why) where they cannot be had.
 
     ``GRUPPO_NATIVE=0`` in the environment turns them off.

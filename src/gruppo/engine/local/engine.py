@@ -57,7 +57,7 @@ class LocalEngine:
         ValueError: an argument cannot be used.
     """
 
-    def __init__(  # noqa: PLR0913 - independent settings, all but two with a default
+    def __init__(
         self,
         model: nn.Module,
         decode: Decode,

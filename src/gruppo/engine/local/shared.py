@@ -190,9 +190,7 @@ class Drawing:
         slots = self._slots
         if self._decode is None:
             places = [self._schedule.place(row) for row in self._schedule.rows]
-            self._decode = Decode.of(
-                self._store, places, slots.prompt_length, slots.own_length - 1
-            )
+            self._decode = Decode.of(self._store, places, slots.prompt_length, slots.own_length - 1)
         else:
             self._decode.advance()
         return self._forward(slots.last(), self._decode.positions, self._decode)[:, -1]

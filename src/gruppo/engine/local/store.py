@@ -287,9 +287,7 @@ class Decode:
             prompt = torch.arange(width, device=device)
             own = torch.arange(self.columns, device=device)
             length = self.prompt_length[:, None]
-            there = torch.cat(
-                [prompt < length, own <= self.own_length[:, None]], dim=1
-            )
+            there = torch.cat([prompt < length, own <= self.own_length[:, None]], dim=1)
             position = torch.cat([prompt.expand(len(length), -1), length + own], dim=1)
             seen = there & rule.seen(self.positions, position)
             self._masks[rule.window] = seen[:, None, None]

@@ -23,6 +23,7 @@ from gruppo.engine.local.shared import Drawn, Spoken
 from gruppo.engine.sampler import sample
 from gruppo.types import Request, Sampling
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waves:
     """What every wave of one call of ``generate`` shares.
@@ -86,5 +87,3 @@ def _forward(
         logits_to_keep=1,
     )
     return output.logits[:, -1]
-
-
