@@ -322,6 +322,15 @@ def test_parquet_that_unpacks_to_too_much(tmp_path, monkeypatch):
         ({"question": ["q"], "answer": [float("nan")]}, "row 1: field 'answer': is nan"),
         ({"question": ["q"], "answer": [b"\xff"]}, "row 1: field 'answer': is a bytes"),
         ({"q": ["q"], "answer": ["a"]}, "row 1: field 'question': missing; this row has 'q'"),
+        (
+            {"question": ["q", "r"], "answer": ["a", "b"], "image": [None, b"\x89PNG"]},
+            "rows.parquet:row 2: field 'image': holds a bytes, which JSON cannot; remove the "
+            "column, or write it as text",
+        ),
+        (
+            {"question": ["q"], "answer": ["a"], "range": [[1.0, float("inf")]]},
+            "row 1: field 'range': holds inf",
+        ),
         ({"question": pa.array([], pa.string())}, ": holds no rows"),
     ],
 )

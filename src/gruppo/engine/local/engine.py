@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast, final
+from typing import final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from gruppo.engine.base import Decode, check_requests, check_sampling, complete, ends_in_stop, room
 from gruppo.engine.local.batch import Prompts, Row, Wave, plan_waves
 from gruppo.engine.local.cache import make_cache, select_rows
 from gruppo.engine.sampler import sample
+from gruppo.model.parts import causal, context_length, text_config
 from gruppo.types import Completion, Request, Sampling
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -32,8 +33,9 @@ class LocalEngine:
     """Draws completions with a Hugging Face causal language model in this process.
 
     Args:
-        model: the module (shared with the policy, or the engine's own). Its train or eval mode,
-            its ``requires_grad`` flags and gradients are as before after every call.
+        model: the module, with an adapter or without (shared with the policy, or the engine's
+            own). Its train or eval mode, its ``requires_grad`` flags and gradients are as before
+            after every call.
         decode: token ids to text, for ``Completion.text`` and stop strings.
         pad_token: any valid token id; fills the left of shorter prompts, and is masked.
         compute_dtype: bfloat16 or float16 runs a float32 model under autocast; a model whose
@@ -58,7 +60,7 @@ class LocalEngine:
             raise ValueError(f"max_rows = {max_rows}; use 1 or more")
         if compute_dtype not in _COMPUTE_DTYPES:
             raise ValueError(f"compute_dtype = {compute_dtype}; use bfloat16, float16 or float32")
-        self._model: PreTrainedModel | None = cast(PreTrainedModel, model)
+        self._model: nn.Module | None = model
         self._decode = decode
         self._pad_token = pad_token
         self._compute_dtype = compute_dtype
@@ -83,10 +85,9 @@ class LocalEngine:
             FloatingPointError: if the model's logits hold NaN or inf.
         """
         model = self._open()
-        config = model.config.get_text_config(decoder=True)
-        context = config.to_dict().get("max_position_embeddings")
+        context = context_length(model)
         check_sampling(sampling)
-        check_requests(requests, vocab_size=config.vocab_size, context=context)
+        check_requests(requests, vocab_size=text_config(model).vocab_size, context=context)
         limits = [room(request, sampling, context) for request in requests]
         drawn: dict[tuple[int, int], Completion] = {}
         with _generating(model, self._compute_dtype) as cache_dtype:
@@ -119,7 +120,7 @@ class LocalEngine:
         """Let go of the model. Calling it twice is fine."""
         self._model = None
 
-    def _open(self) -> PreTrainedModel:
+    def _open(self) -> nn.Module:
         if self._model is None:
             raise ValueError("this engine is closed; make a new LocalEngine")
         return self._model
@@ -138,7 +139,7 @@ class LocalEngine:
 
     def _run(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         rows: Sequence[Row],
         requests: Sequence[Request],
         *,
@@ -150,7 +151,7 @@ class LocalEngine:
         prompts = Prompts.of(rows, requests, pad_token=self._pad_token, device=device)
         wave = Wave(rows, requests, prompts)
         ends = torch.tensor(sampling.stop_tokens, dtype=torch.long, device=device)
-        cache = make_cache(model.config, dtype)
+        cache = make_cache(causal(model).config, dtype)
         logits = _forward(model, prompts.tokens, prompts.mask, prompts.positions, cache=cache)
         select_rows(cache, prompts.source)
         logits = logits[prompts.source]
@@ -175,7 +176,7 @@ class LocalEngine:
 
 
 def _forward(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokens: Int[Tensor, "N Q"],
     mask: Tensor,
     positions: Int[Tensor, "N Q"],
