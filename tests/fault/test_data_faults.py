@@ -277,7 +277,13 @@ def parquet_file(tmp_path, **columns):
 
 @pytest.mark.parametrize(
     "data",
-    [b"PAR1", b"garbage" * 100, b"PAR1" + b"\xff" * 200 + b"\x40\0\0\0PAR1", GOOD, compress(GOOD, mtime=0)],
+    [
+        b"PAR1",
+        b"garbage" * 100,
+        b"PAR1" + b"\xff" * 200 + b"\x40\0\0\0PAR1",
+        GOOD,
+        compress(GOOD, mtime=0),
+    ],
 )
 def test_parquet_garbage(tmp_path, data):
     path = tmp_path / "rows.parquet"
