@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from gruppo.data import ProblemStream
 from gruppo.metric import Metric, reduce
 from gruppo.policy import UpdateReport
+from gruppo.reward import LanguageConsistency, Part
 from gruppo.types import Group, Rollout
 
 
@@ -164,6 +166,29 @@ def source_metrics(groups: Sequence[Group]) -> dict[str, float]:
     if len(by_source) < 2:
         return {}
     return {f"source/{name}/task_mean": sum(v) / len(v) for name, v in by_source.items()}
+
+
+def data_metrics(stream: ProblemStream) -> dict[str, float]:
+    """Passes over the most repeated data set, and problems left out for too long a prompt."""
+    return {
+        "data/epoch": stream.epoch,
+        "data/prompts_dropped": float(stream.prompts_dropped),
+    }
+
+
+def language_metrics(groups: Sequence[Group], parts: Sequence[Part]) -> dict[str, float]:
+    """Mean share of words in the target language, where a part of the reward measures it."""
+    names = {part.name for part in parts if isinstance(part.reward, LanguageConsistency)}
+    values = [
+        value
+        for group in groups
+        for score in group.scores
+        for name in names
+        if (value := score.parts.get(name)) is not None
+    ]
+    if not names:
+        return {}
+    return {"lang/consistency": sum(values) / len(values) if values else math.nan}
 
 
 def update_metrics(

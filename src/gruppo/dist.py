@@ -38,15 +38,5 @@ def all_max(value: float) -> float:
     return float(held)
 
 
-def shard(count: int) -> range:
-    """Indices of ``count`` items that belong to this rank: ``rank, rank + world, …``.
-
-    Example:
-        >>> list(shard(3))
-        [0, 1, 2]
-    """
-    return range(rank(), count, world_size())
-
-
 def _active() -> bool:
     return torch_dist.is_available() and torch_dist.is_initialized()

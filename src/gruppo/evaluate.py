@@ -6,14 +6,17 @@ evaluation never changes what training draws.
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from gruppo.data.keyed import hash64
 from gruppo.engine.base import check_sampling
 from gruppo.objective import majority, pass_at_k, standard_error
 from gruppo.reward.base import RewardSet
+from gruppo.reward.vote import Ballot, ballot
 from gruppo.types import Completion, Encode, Engine, Problem, Request, Sampling, Score
 
 EVAL_KEY = -1
@@ -25,11 +28,14 @@ class EvalSettings:
     """How to evaluate.
 
     ``greedy`` gives one deterministic completion a problem. ``samples`` > 0 adds that many drawn
-    ones at ``temperature`` / ``top_p``, for pass@k at each ``k`` and majority@samples. A completion
+    ones at ``temperature``, filtered by ``top_p``, ``top_k`` (0: off) and ``min_p`` (0: off)
+    whatever the rollout's filters are, for pass@k at each ``k`` and majority@samples. A completion
     is right if its task reward is at least ``correct_at``. ``max_tokens = 0`` takes the rollout's.
-    ``problems = 0`` takes all held-out problems. ``every`` steps during training (0: only before
-    and after), always with the draws of ``seed``; ``patience`` evaluations without a better pass@1
-    stop the run (0: never).
+
+    ``problems = 0`` takes all held-out problems; another number those whose (source, id) hash
+    lowest, which are spread over all sources and kinds, and of which few change when the data
+    grow. ``every`` steps during training (0: only before and after), always with the draws of
+    ``seed``; ``patience`` evaluations without a better pass@1 stop the run (0: never).
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -41,6 +47,8 @@ class EvalSettings:
     k: tuple[int, ...] = (1, 8)
     temperature: float = 0.6
     top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
     max_tokens: int = 0
     correct_at: float = 1.0
     seed: int = 0
@@ -56,10 +64,7 @@ class EvalSettings:
         ):
             if count < 0:
                 raise ValueError(f"{name} = {count}: must not be negative")
-        check_sampling(
-            Sampling(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p),
-            prefix="",
-        )
+        check_sampling(self.drawn(Sampling(max_tokens=self.max_tokens)), prefix="")
         if not self.greedy and self.samples < 1:
             raise ValueError("samples = 0 with greedy = false leaves nothing to evaluate")
         if self.samples and (bad := [k for k in self.k if not 1 <= k <= self.samples]):
@@ -69,6 +74,26 @@ class EvalSettings:
             )
         if self.samples and self.temperature <= 0:
             raise ValueError(f"temperature = {self.temperature}: drawn samples need one above 0")
+
+    def drawn(self, sampling: Sampling) -> Sampling:
+        """How to draw samples where the rollout draws by ``sampling``."""
+        return replace(
+            sampling,
+            max_tokens=self.max_tokens or sampling.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+        )
+
+    def chosen(self, problems: tuple[Problem, ...]) -> tuple[Problem, ...]:
+        """The problems to evaluate on, in their order."""
+        if not self.problems:
+            return problems
+        lowest = heapq.nsmallest(
+            self.problems, range(len(problems)), key=lambda at: _name(problems[at])
+        )
+        return tuple(problems[at] for at in sorted(lowest))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +107,10 @@ class Graded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Metrics named ``pass@1``, ``pass@1_stderr``, …, and the completions behind them."""
+    """Metrics named ``pass@1``, ``sampled/pass@8``, …, and the completions behind them.
+
+    If the problems are of several sources, ``source/NAME/pass@1`` (and so on) are those of each.
+    """
 
     metrics: Mapping[str, float]
     greedy: tuple[Graded, ...] = field(default=())
@@ -99,8 +127,6 @@ class Evaluator:
     problems: tuple[Problem, ...]
     settings: EvalSettings
     sampling: Sampling
-    extract: Callable[[str], str | None] | None = None
-    """Final answer of a completion's text, for the majority vote; None: no vote is taken."""
 
     def __call__(self) -> Evaluation:
         """Draw, score and count. Raises ValueError if there is no problem to evaluate on."""
@@ -110,27 +136,25 @@ class Evaluator:
         metrics: dict[str, float] = {}
         greedy: tuple[Graded, ...] = ()
         sampled: tuple[Graded, ...] = ()
+        drawn = settings.drawn(self.sampling)
         if settings.greedy:
-            greedy = self._draw(1, replace(self.sampling, temperature=0.0))
+            greedy = self._draw(1, replace(drawn, temperature=0.0))
             metrics |= greedy_metrics(greedy, settings.correct_at)
         if settings.samples:
-            drawn = replace(self.sampling, temperature=settings.temperature, top_p=settings.top_p)
             sampled = self._draw(settings.samples, drawn)
-            metrics |= sampled_metrics(sampled, settings, self.extract)
+            metrics |= sampled_metrics(sampled, settings, self.reward)
+        metrics |= self._by_source(greedy, sampled)
         return Evaluation(metrics=metrics, greedy=greedy, sampled=sampled)
 
     def _draw(self, count: int, sampling: Sampling) -> tuple[Graded, ...]:
-        if self.settings.max_tokens:
-            sampling = replace(sampling, max_tokens=self.settings.max_tokens)
-        number = self.settings.problems or len(self.problems)
-        problems = self.problems[:number]
+        problems = self.settings.chosen(self.problems)
         requests = [
             Request(
                 tokens=self.encoder.encode(problem.prompt),
                 num_samples=count,
-                key=(EVAL_KEY, self.settings.seed, index),
+                key=(EVAL_KEY, self.settings.seed, _name(problem)),
             )
-            for index, problem in enumerate(problems)
+            for problem in problems
         ]
         drawn = self.engine.generate(requests, sampling)
         scores = self.reward.score_groups(list(zip(problems, drawn, strict=True)))
@@ -139,20 +163,44 @@ class Evaluator:
             for problem, completions, marks in zip(problems, drawn, scores, strict=True)
         )
 
+    def _by_source(
+        self, greedy: Sequence[Graded], sampled: Sequence[Graded]
+    ) -> Mapping[str, float]:
+        """Pass rates of each data source, if there are several."""
+        metrics: dict[str, float] = {}
+        names = sorted({item.problem.source for item in (*greedy, *sampled)})
+        for name in names if len(names) > 1 else ():
+            own: dict[str, float] = {}
+            if some := [item for item in greedy if item.problem.source == name]:
+                own |= accuracy(some, self.settings.correct_at)
+            if some := [item for item in sampled if item.problem.source == name]:
+                own |= sampled_metrics(some, self.settings, self.reward)
+            metrics |= {f"source/{name}/{key}": value for key, value in own.items()}
+        return metrics
+
+
+def _name(problem: Problem) -> int:
+    """A number for a problem that no other problem changes."""
+    return hash64("eval", problem.source, problem.id)
+
 
 def is_right(score: Score, correct_at: float) -> bool:
     """Whether the task reward reaches ``correct_at`` (an unscored completion is not right)."""
     return score.task is not None and score.task >= correct_at - 1e-9
 
 
+def accuracy(graded: Sequence[Graded], correct_at: float) -> dict[str, float]:
+    """Share of right greedy completions, and its standard error."""
+    right = [is_right(item.scores[0], correct_at) for item in graded]
+    share = sum(right) / len(right)
+    return {"pass@1": share, "pass@1_stderr": standard_error(share, len(right))}
+
+
 def greedy_metrics(graded: Sequence[Graded], correct_at: float) -> dict[str, float]:
     """Accuracy of the greedy completions, its standard error, and every reward part's mean."""
-    right = [is_right(item.scores[0], correct_at) for item in graded]
-    accuracy = sum(right) / len(right)
     lengths = [len(item.completions[0].tokens) for item in graded]
     metrics = {
-        "pass@1": accuracy,
-        "pass@1_stderr": standard_error(accuracy, len(right)),
+        **accuracy(graded, correct_at),
         "len": sum(lengths) / len(lengths),
         "trunc_frac": sum(item.completions[0].truncated for item in graded) / len(graded),
         "unscored_frac": sum(item.scores[0].task is None for item in graded) / len(graded),
@@ -165,11 +213,12 @@ def greedy_metrics(graded: Sequence[Graded], correct_at: float) -> dict[str, flo
 
 
 def sampled_metrics(
-    graded: Sequence[Graded],
-    settings: EvalSettings,
-    extract: Callable[[str], str | None] | None,
+    graded: Sequence[Graded], settings: EvalSettings, reward: RewardSet
 ) -> dict[str, float]:
-    """Unbiased pass@k (arXiv:2107.03374, eq. 1), avg@n and majority@n over the problems."""
+    """Unbiased pass@k (arXiv:2107.03374, eq. 1), avg@n and majority@n over the problems.
+
+    The majority is taken over the problems whose task reward grades an answer that can be read.
+    """
     rights = [sum(is_right(s, settings.correct_at) for s in item.scores) for item in graded]
     n = settings.samples
     metrics = {
@@ -177,21 +226,34 @@ def sampled_metrics(
         for k in settings.k
     }
     metrics[f"sampled/avg@{n}"] = sum(rights) / (n * len(rights))
-    if extract is not None:
-        votes = [_majority_is_right(item, settings.correct_at, extract) for item in graded]
+    votes = [
+        _majority_is_right(item, settings.correct_at, read)
+        for item in graded
+        if (read := _ballot_of(item, reward)) is not None
+    ]
+    if votes:
         metrics[f"sampled/maj@{n}"] = sum(votes) / len(votes)
     return metrics
 
 
-def _majority_is_right(
-    item: Graded, correct_at: float, extract: Callable[[str], str | None]
-) -> bool:
-    """Whether the most frequent extracted answer is right.
+def _ballot_of(item: Graded, reward: RewardSet) -> Ballot | None:
+    """How votes on a problem are read: as its task reward reads answers.
+
+    With several task rewards, that is the first which gave one of the completions a value.
+    """
+    names = reward.task_names
+    graded_by = (n for n in names if any(s.parts.get(n) is not None for s in item.scores))
+    name = next(graded_by, names[0])
+    return next(ballot(part.reward) for part in reward.parts if part.name == name)
+
+
+def _majority_is_right(item: Graded, correct_at: float, read: Ballot) -> bool:
+    """Whether the most frequent answer is right.
 
     An answer is right if a completion that gave it was scored as right, so that the reward's own
     notion of equality decides.
     """
-    answers = [extract(completion.text) for completion in item.completions]
+    answers = [read(completion.text) for completion in item.completions]
     voted = majority(answers)
     return voted is not None and any(
         answer == voted and is_right(score, correct_at)

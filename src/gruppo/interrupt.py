@@ -2,7 +2,7 @@
 
 The first signal raises ``Interrupted`` in the main thread at once, unless the loop holds it
 back because weights and bookkeeping are out of step; then it is raised on release. A second
-signal ends the process at once.
+signal ends the process at once. A program whose work is done ignores them (``whole_process``).
 """
 
 from __future__ import annotations
@@ -77,3 +77,24 @@ class Interrupts:
         self.pending.append(signum)
         if not self.held:
             raise Interrupted(signum)
+
+
+@contextmanager
+def whole_process() -> Iterator[None]:
+    """For a program's main function: signals raise ``Interrupted`` inside, and are ignored after.
+
+    Afterwards the interpreter only has to end, which takes a second with the libraries of a run:
+    a signal that comes then must not make a failure of a run that is done and saved.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupts = Interrupts()
+    for number in SIGNALS:
+        signal.signal(number, interrupts._on_signal)
+    try:
+        yield
+    finally:
+        interrupts.hold()
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)

@@ -24,7 +24,9 @@ from gruppo.objective import (
     Penalty,
     Truncation,
     ZeroReward,
+    refill,
 )
+from gruppo.record.scrub import scrub_values
 from gruppo.reward.base import RewardSet
 from gruppo.types import (
     Completion,
@@ -171,23 +173,28 @@ class Rollouts:
 
     def collect(self) -> Collected:
         """Sample and score until the batch is complete. Raises ServiceError at the limit."""
-        settings, accepted = self.settings, list(self.surplus)
+        settings, clock = self.settings, _Clock()
         generated: list[Group] = []
-        clock = _Clock()
-        tries = 0
-        while len(accepted) < settings.prompts_per_step and tries < self._most_tries():
-            missing = settings.prompts_per_step - len(accepted)
+
+        def draw(missing: int) -> list[Group]:
             groups = self._generate(math.ceil(missing * settings.oversample), clock)
-            generated += groups
-            accepted += [group for group in groups if self._wanted(group)]
-            tries += 1
-        if len(accepted) < settings.prompts_per_step and settings.filter == "resample":
-            self._at_limit(len(accepted), tries)
-        self.surplus = tuple(accepted[settings.prompts_per_step :])
+            generated.extend(groups)
+            return groups
+
+        filled = refill(
+            draw,
+            self._wanted,
+            target=settings.prompts_per_step,
+            max_batches=self._most_tries(),
+            carry=self.surplus,
+        )
+        if len(filled.used) < settings.prompts_per_step and settings.filter == "resample":
+            self._at_limit(len(filled.used), filled.batches)
+        self.surplus = filled.surplus
         return Collected(
-            groups=tuple(accepted[: settings.prompts_per_step]),
+            groups=filled.used,
             generated=tuple(generated),
-            gen_batches=tries,
+            gen_batches=filled.batches,
             seconds_sampling=clock.sampling,
             seconds_scoring=clock.scoring,
         )
@@ -235,34 +242,54 @@ class Rollouts:
         ]
         started = time.perf_counter()
         samples = self.engine.generate(requests, sampling)
-        greedy = self._greedy(requests, sampling) if self.greedy_baseline else None
+        greedy = self._greedy(requests, sampling)
         clock.sampling += time.perf_counter() - started
         started = time.perf_counter()
-        scores = self.reward.score_groups(list(zip(problems, samples, strict=True)))
-        baselines = self._baselines(problems, greedy)
-        clock.scoring += time.perf_counter() - started
+        # The greedy completion is scored among the sampled ones, so that shaping terms, which
+        # depend on the group, are the same function of it as of them.
+        drawn = [(*rows, *more) for rows, more in zip(samples, greedy, strict=True)]
+        scores = self.reward.score_groups(list(zip(problems, drawn, strict=True)))
         groups = [
-            Group(problem=problem, prompt_tokens=tokens, completions=rows, scores=marks, baseline=b)
-            for problem, tokens, rows, marks, b in zip(
-                problems, prompts, samples, scores, baselines, strict=True
-            )
+            self._group(problem, tokens, rows, marks)
+            for problem, tokens, rows, marks in zip(problems, prompts, drawn, scores, strict=True)
         ]
+        clock.scoring += time.perf_counter() - started
         for group in groups:
             if group.pass_rate is not None:
                 self.stream.record(group.problem, min(max(group.pass_rate, 0.0), 1.0))
         return groups
 
     def _greedy(self, requests: list[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
+        if not self.greedy_baseline:
+            return [()] * len(requests)
         single = [replace(request, num_samples=1) for request in requests]
         return self.engine.generate(single, replace(sampling, temperature=0.0))
 
-    def _baselines(
-        self, problems: list[Problem], greedy: list[tuple[Completion, ...]] | None
-    ) -> list[float | None]:
-        if greedy is None:
-            return [None] * len(problems)
-        scores = self.reward.score_groups(list(zip(problems, greedy, strict=True)))
-        return [marks[0].total for marks in scores]
+    def _group(
+        self,
+        problem: Problem,
+        prompt_tokens: tuple[int, ...],
+        rows: tuple[Completion, ...],
+        scores: tuple[Score, ...],
+    ) -> Group:
+        """The group of the sampled ``rows``; what the greedy one after them scores is its baseline.
+
+        The baseline is a total as sampled rows have it, the truncation policy applied.
+        """
+        size = self.settings.group_size
+        group, greedy = (
+            Group(
+                problem=problem,
+                prompt_tokens=prompt_tokens,
+                completions=rows[part],
+                scores=scores[part],
+            )
+            for part in (slice(size), slice(size, None))
+        )
+        if not self.greedy_baseline:
+            return group
+        total = tensorise([greedy], self.reward, self.settings).total.item()
+        return replace(group, baseline=None if math.isnan(total) else total)
 
 
 @dataclass(slots=True)
@@ -272,8 +299,10 @@ class _Clock:
 
 
 def encode_group(group: Group) -> dict[str, Any]:
-    """Return a group as plain data for JSON (NaN log-probabilities become None)."""
+    """Return a group as plain data for JSON: NaN log-probabilities as None, failures scrubbed."""
     plain = asdict(group)
+    for score in plain["scores"]:
+        score["error"] = scrub_values(score["error"])
     for completion in plain["completions"]:
         completion["logp"] = [None if math.isnan(x) else x for x in completion["logp"]]
     return plain

@@ -7,7 +7,6 @@ it names. This module reads no files and parses no settings.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
@@ -15,7 +14,8 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gruppo.diagnose import step_metrics
+from gruppo.budget import Budget
+from gruppo.diagnose import data_metrics, language_metrics, step_metrics
 from gruppo.errors import NumericError, ServiceError
 from gruppo.evaluate import Evaluation, Evaluator
 from gruppo.interrupt import Interrupted, Interrupts
@@ -56,7 +56,6 @@ class TrainState:
     best_step: int = 0
     evaluated: int = -1
     evals_without_gain: int = 0
-    completion_tokens: int = 0
 
 
 @runtime_checkable
@@ -99,6 +98,7 @@ class Run:
     evaluator: Evaluator | None = None
     callbacks: tuple[Callback, ...] = ()
     interrupts: Interrupts = field(default_factory=Interrupts)
+    budget: Budget = field(default_factory=Budget)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,14 +137,15 @@ def train(run: Run, state: TrainState | None = None) -> Outcome:
             self_test(run.policy, run.rollouts)
             state, newest = evaluate_if_due(run, state)
             before = newest if started == 0 else None
-            budget = _Budget(run.settings.time_limit_s)
-            while (ended_by := _reason_to_stop(run, state, budget)) is None:
-                iteration = iterate(run, state)
-                state = finish(run, state, iteration, seconds=budget.lap())
+            while (ended_by := _reason_to_stop(run, state)) is None:
+                with run.budget.timing("step"):
+                    step_began = run.budget.clock()
+                    iteration = iterate(run, state)
+                    seconds = run.budget.clock() - step_began
+                    state = finish(run, state, iteration, seconds=seconds)
                 run.interrupts.release()
                 state, newest = evaluate_if_due(run, state)
                 save_if_due(run, state)
-                budget.leave_out()
             save_whole(run, state)
             if state.evaluated != state.step:
                 state, newest = evaluate_now(run, state)
@@ -188,7 +189,7 @@ def iterate(run: Run, state: TrainState) -> Iteration:
 def finish(run: Run, state: TrainState, iteration: Iteration, *, seconds: float) -> TrainState:
     """Close a step: reference, controllers, health, metrics."""
     step = state.step + 1
-    metrics = _metrics(state, iteration, seconds)
+    metrics = _metrics(run, state, iteration, seconds)
     previous, state = state, _advance(run, state, iteration, metrics)
     sync = run.settings.reference_sync_steps
     if sync and step % sync == 0:
@@ -222,7 +223,8 @@ def save_if_due(run: Run, state: TrainState) -> None:
 def save_whole(run: Run, state: TrainState) -> None:
     """Save without being interrupted."""
     run.interrupts.hold()
-    run.keeper.save(state)
+    with run.budget.timing("save"):
+        run.keeper.save(state)
     run.interrupts.release()
 
 
@@ -230,14 +232,10 @@ def first_state(run: Run) -> TrainState:
     """State before the first step."""
     kl, entropy = run.objective.kl, run.objective.entropy
     beta, alpha = kl.beta if kl else 0.0, entropy.coef if entropy else 0.0
-    kl_state, kl_coef = kl.adaptive.start(beta) if kl and kl.adaptive else (beta, beta)
-    entropy_state, entropy_coef = (
-        entropy.adaptive.start(alpha) if entropy and entropy.adaptive else (alpha, alpha)
-    )
     return TrainState(
-        kl_state=kl_state,
-        entropy_state=entropy_state,
-        coefficients=Coefficients(kl=kl_coef, entropy=entropy_coef),
+        kl_state=kl.adaptive.start(beta)[0] if kl and kl.adaptive else beta,
+        entropy_state=entropy.adaptive.start(alpha)[0] if entropy and entropy.adaptive else alpha,
+        coefficients=run.objective.coefficients,
         rollouts=run.rollouts.state(),
         rng=torch.get_rng_state(),
     )
@@ -247,8 +245,11 @@ def evaluate_now(run: Run, state: TrainState) -> tuple[TrainState, Evaluation | 
     """Evaluate the present weights, keep the result, and remember the best step."""
     if run.evaluator is None:
         return state, None
-    evaluation = run.evaluator()
-    run.keeper.evaluation(state.step, evaluation)
+    with run.budget.timing("evaluation"):
+        evaluation = run.evaluator()
+        run.keeper.evaluation(state.step, evaluation)
+    for callback in run.callbacks:
+        callback.evaluated(state.step, evaluation.metrics)
     state = replace(state, evaluated=state.step)
     score = evaluation.metrics.get("pass@1", next(iter(evaluation.metrics.values())))
     if state.best is None or score > state.best:
@@ -256,7 +257,7 @@ def evaluate_now(run: Run, state: TrainState) -> tuple[TrainState, Evaluation | 
     return replace(state, evals_without_gain=state.evals_without_gain + 1), evaluation
 
 
-def _metrics(state: TrainState, iteration: Iteration, seconds: float) -> dict[str, float]:
+def _metrics(run: Run, state: TrainState, iteration: Iteration, seconds: float) -> dict[str, float]:
     collected, result = iteration.collected, iteration.result
     drawn = sum(len(c.tokens) for g in collected.generated for c in g.completions)
     return {
@@ -269,15 +270,24 @@ def _metrics(state: TrainState, iteration: Iteration, seconds: float) -> dict[st
             reports=result.reports,
             version=iteration.version,
         ),
+        **language_metrics(collected.groups, run.rollouts.reward.parts),
+        **data_metrics(run.rollouts.stream),
         "kl/beta": state.coefficients.kl,
         "entropy/coef": state.coefficients.entropy,
         "group/gen_batches": float(collected.gen_batches),
+        "group/partial": float(_is_partial(run, collected)),
         "tokens/sampled": float(drawn),
         "time/sampling": collected.seconds_sampling,
         "time/scoring": collected.seconds_scoring,
         "time/step": seconds,
         "time/tokens_per_s": drawn / seconds if seconds else 0.0,
     }
+
+
+def _is_partial(run: Run, collected: Collected) -> bool:
+    """Whether ``rollout.on_limit`` let the step go on with fewer groups than asked for."""
+    settings = run.rollouts.settings
+    return settings.filter == "resample" and len(collected.groups) < settings.prompts_per_step
 
 
 def _advance(
@@ -307,7 +317,6 @@ def _advance(
         rng=torch.get_rng_state(),
         skipped_in_row=state.skipped_in_row + 1 if skipped else 0,
         unscored_in_row=state.unscored_in_row + 1 if unscored else 0,
-        completion_tokens=state.completion_tokens + int(metrics["tokens/sampled"]),
     )
 
 
@@ -329,35 +338,11 @@ def _stop_if_broken(run: Run, before: TrainState, state: TrainState, iteration: 
         )
 
 
-def _reason_to_stop(run: Run, state: TrainState, budget: _Budget) -> End | None:
+def _reason_to_stop(run: Run, state: TrainState) -> End | None:
     if state.step >= run.settings.steps:
         return "steps"
     patience = run.evaluator.settings.patience if run.evaluator else 0
     if patience and state.evals_without_gain >= patience:
         return "patience"
-    return "time" if budget.is_short() else None
-
-
-@dataclass(slots=True)
-class _Budget:
-    """Wall-clock time: laps for the metrics, and whether another step fits the limit."""
-
-    limit: float
-    started: float = field(default_factory=time.monotonic)
-    last: float = field(default_factory=time.monotonic)
-    longest: float = 0.0
-
-    def lap(self) -> float:
-        """Seconds since the last call."""
-        now = time.monotonic()
-        seconds, self.last = now - self.last, now
-        self.longest = max(self.longest, seconds)
-        return seconds
-
-    def leave_out(self) -> None:
-        """What happened since the last lap (an evaluation, a checkpoint) is in no lap."""
-        self.last = time.monotonic()
-
-    def is_short(self) -> bool:
-        """Whether a step as long as the longest so far would overrun the limit."""
-        return self.limit > 0 and self.last - self.started + self.longest > self.limit
+    evaluates = run.evaluator is not None
+    return "time" if run.budget.is_short(run.settings.time_limit_s, evaluates=evaluates) else None

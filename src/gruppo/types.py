@@ -157,7 +157,7 @@ class Group:
     """All completions of one prompt instance, with their scores (one each, same order).
 
     ``baseline`` is the total reward of an extra greedy completion, where the objective asks for
-    one (ReMax), else None.
+    one (ReMax), as the sampled ones have theirs (shaping and truncation policy applied), else None.
     """
 
     problem: Problem
@@ -211,9 +211,6 @@ class Evidence:
 
     old_logp: Float[Tensor, "B T"] | None = None
     ref_logp: Float[Tensor, "B T"] | None = None
-    values: Float[Tensor, "B T"] | None = None
-    sum_pi2: Float[Tensor, "B T"] | None = None
-    entropy: Float[Tensor, "B T"] | None = None
 
 
 @runtime_checkable
@@ -262,8 +259,12 @@ class Encode(Protocol):
 
 @runtime_checkable
 class Callback(Protocol):
-    """Told of every finished step."""
+    """Told of every finished step and of every evaluation."""
 
     def __call__(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
         """Receive step number (from 1), its groups and its metrics."""
+        ...
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Receive the metrics of an evaluation after ``step`` (0: before training)."""
         ...

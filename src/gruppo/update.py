@@ -149,6 +149,8 @@ class OptimizerStep:
             loss, seen = self._forward(micro, part, first=first)
             self.policy.backward(loss.value * scale)
             metrics = merge(metrics, seen)
+        if not len(chosen):
+            _add_nothing(self.policy)
         return metrics
 
     def _rows(self, index: Tensor) -> Rows:
@@ -187,17 +189,18 @@ class OptimizerStep:
         select = self.objective.select
         if select is None:
             return None
-        logp, entropy = torch.zeros(mask.shape), torch.zeros(mask.shape)
+        logp = torch.zeros(mask.shape)
+        entropy = torch.zeros(mask.shape) if select.needs_entropy else None
         with torch.no_grad():
             for micro in _micro_batches(
                 self.policy, self.targets.rollout, index.tolist(), self.settings
             ):
                 prompts, tokens, length = _slice(self.targets.rollout, micro)
-                scored = self.policy.old_logp(prompts, tokens, length, entropy=True)
+                scored = self.policy.old_logp(prompts, tokens, length, entropy=select.needs_entropy)
                 local = _positions(index, micro)
                 logp[local, : tokens.shape[1]] = scored.logp.float().cpu()
-                assert scored.entropy is not None
-                entropy[local, : tokens.shape[1]] = scored.entropy.float().cpu()
+                if entropy is not None and scored.entropy is not None:
+                    entropy[local, : tokens.shape[1]] = scored.entropy.float().cpu()
         return select(
             logp,
             entropy,
@@ -212,8 +215,9 @@ class OptimizerStep:
         trained = rows.mask.any(dim=1)
         idle = self.coefficients.kl == 0 and self.coefficients.entropy == 0
         idle &= self.objective.select is None and not self.objective.acts_without_advantage
-        bonus = self.objective.entropy  # its controller must see the entropy of all rows
-        idle &= bonus is None or bonus.adaptive is None
+        # a controller must see all rows, whatever it lets its term count for in this step
+        for term in (self.objective.kl, self.objective.entropy):
+            idle &= term is None or term.adaptive is None
         idle &= not isinstance(self.objective.weights, LocalTokenMean)  # they count its tokens
         if self.settings.skip_dead and idle:
             trained &= ((rows.advantage != 0) & rows.mask).any(dim=1)
@@ -223,14 +227,13 @@ class OptimizerStep:
         prompts, tokens, length = _slice(self.targets.rollout, micro)
         scored = self.policy.logp(prompts, tokens, length, entropy=True)
         rows = rows.to(scored.logp.device, scored.logp.dtype)
-        width = rows.mask.shape[1]
-        live = Live(
-            logp=_widen(scored.logp, width),
-            entropy=None if scored.entropy is None else _widen(scored.entropy, width),
-            mask=rows.mask,
-        )
+        assert scored.entropy is not None, "asked for: at least it is logged"
+        entropy, width = scored.entropy, rows.mask.shape[1]
+        live = Live(logp=_widen(scored.logp, width), entropy=_widen(entropy, width), mask=rows.mask)
         loss = compute_loss(self.objective, live, rows, self.coefficients)
-        return loss, merge(token_metrics(loss, rows, first=first), live_metrics(live, rows))
+        seen = merge(token_metrics(loss, rows, first=first), live_metrics(live, rows))
+        clips_rows = self.objective.surrogate.uses_clip and self.objective.ratio_of_rows
+        return loss, merge(seen, row_metrics(loss, rows) if clips_rows else {})
 
 
 def token_metrics(loss: Loss, rows: Rows, *, first: bool) -> dict[str, Metric]:
@@ -256,6 +259,16 @@ def token_metrics(loss: Loss, rows: Rows, *, first: bool) -> dict[str, Metric]:
         metrics["is/weight_mean"] = mean_over(seen.is_weight, mask)
         metrics["is/rejected_frac"] = mean_over((~seen.is_keep).float(), mask)
     return metrics
+
+
+def row_metrics(loss: Loss, rows: Rows) -> dict[str, Metric]:
+    """Share of the rows in which a bound took the gradient of some token away.
+
+    For losses whose ratio belongs to the whole completion that is the share of clipped ratios,
+    while ``clip/low`` and ``clip/high`` count their tokens.
+    """
+    clipped = (loss.tokens.clipped_low | loss.tokens.clipped_high).any(dim=1)
+    return {"clip/rows": mean_over(clipped.float(), rows.mask.any(dim=1))}
 
 
 def live_metrics(live: Live, rows: Rows) -> dict[str, Metric]:
@@ -329,6 +342,17 @@ def _slice(rollout: Rollout, rows: Tensor) -> tuple[list[tuple[int, ...]], Tenso
     length = rollout.length[rows]
     tokens = rollout.tokens[rows, : int(length.max())]
     return [rollout.prompts[int(group)] for group in rollout.group[rows]], tokens, length
+
+
+def _add_nothing(policy: Policy) -> None:
+    """Make the gradient zero where it is absent, as the rows left out would have.
+
+    The optimizer passes over weights without a gradient; with one of zero its moments decay and
+    move them, which is what a step means when its rows are passed forward all the same.
+    """
+    for parameter in policy.model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _positions(rows: Tensor, some: Tensor) -> Tensor:

@@ -55,6 +55,18 @@ BAD = [
     ('[objective]\nsurrogate = "gspo"', ["objective", "SeqMeanTokenMean"]),
     ('[objective]\ncredit = "no_such_module:X"', ["objective.credit", "cannot import"]),
     ("[objective.kl]\nbeta = -1.0", ["objective.kl", "beta"]),
+    (
+        '[objective.credit]\nkind = "kl_in_reward"\nbeta = 0.1\ncredit = "gdpo"',
+        ["objective.credit", "has no effect", "KL term"],
+    ),
+    (
+        '[objective.credit]\nkind = "passk_analytic"\nk = 9',
+        ["rollout.group_size = 8", "at least 9"],
+    ),
+    (
+        '[objective]\npreset = "gdpo"\n[rollout]\ntruncation = "zero_reward"',
+        ['rollout.truncation = "zero_reward"', "has no effect", "mask_after"],
+    ),
     ("[eval]\nk = [1, 16]\nsamples = 8", ["eval", "pass@16"]),
     (PART.format("x", "numbr"), ["reward.parts.1.kind", 'did you mean "number"']),
     (PART.format("right", "number"), ["reward", "share the name"]),

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from gruppo.reward import Function, Math, Part, RewardSet, count_failures
+from gruppo.reward import Function, Math, Part, Regex, RewardSet
 from gruppo.reward.process import Death
 from gruppo.types import Completion, Problem, Score
+from support.scores import count_failures
 
 # What one completion's text makes the function do; every other text scores its length.
 BEHAVIOUR = """
@@ -183,6 +184,21 @@ def test_close_leaves_no_process_and_the_reward_works_again(file: str) -> None:
         reward.close()
         for pid in pids:
             assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_pattern_that_backtracks_for_ever_costs_its_own_rows_only() -> None:
+    reward = Regex(pattern=r"(a+)+b")
+    hostile, started = "a" * 40, time.monotonic()  # 2**40 ways to cut it
+    try:
+        first, second = grade(reward, ("aab", hostile, "ccc"), ("b", "ab"))
+    finally:
+        reward.close()
+    assert [s.total for s in first] == [1.0, None, 0.0]
+    assert [s.total for s in second] == [0.0, 1.0]
+    assert count_failures([*first, *second]) == {"grader/timeout": 1}
+    assert first[1].error is not None
+    assert first[1].error.text.startswith("pattern '(a+)+b': no result after 1 s")
+    assert time.monotonic() - started < 12
 
 
 # -- math -----------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from gruppo.objective.batch import accumulation_steps, optimizer_steps, rows_per_rollout
+from gruppo.objective.composition import Objective
 from gruppo.objective.control import AdaptiveEntropy, AdaptiveKL, mix
 from gruppo.objective.credit import DrGrpo, Grpo, Rloo, outcome
 from gruppo.objective.estimate import majority, pass_at_k, pass_hat_k, standard_error
 from gruppo.objective.filters import (
-    MeanInside,
-    Varied,
+    mean_inside,
     offline_pass_rate,
     refill,
     solved_prompts,
@@ -22,10 +22,10 @@ from gruppo.objective.masks import (
     MaskAfter,
     loss_mask,
     mask_from_stop,
-    trained_rows,
 )
 from gruppo.objective.pairs import dpo_loss, implicit_reward, ipo_loss
 from gruppo.objective.staleness import is_fresh, may_start, staleness
+from gruppo.objective.surrogate import PpoClip
 from gruppo.objective.theory import (
     entropy_reward_law,
     expected_group_gradient,
@@ -36,7 +36,10 @@ from gruppo.objective.theory import (
 )
 from gruppo.objective.value import value_loss
 from gruppo.objective.weights import TokenMean, Totals, aggregate
-from gruppo.types import Evidence
+from gruppo.types import Evidence, is_live
+from support.loss_steps import rows_for_rollout
+
+TOKEN_MEAN = Objective(credit=Grpo(), surrogate=PpoClip(), weights=TokenMean())
 
 Golden = Callable[[str], dict]
 
@@ -117,10 +120,8 @@ def test_admission(golden: Golden) -> None:
 def test_dynamic_sampling(golden: Golden) -> None:
     case = golden("filter/dynamic_sampling")
     groups, expected = case["inputs"]["groups"], case["expected"]
-    assert {name: Varied()(group) for name, group in groups.items()} == expected[
-        "keep_std_positive"
-    ]
-    inside = {name: MeanInside()(group) for name, group in groups.items()}
+    assert {name: is_live(group) for name, group in groups.items()} == expected["keep_std_positive"]
+    inside = {name: mean_inside(group) for name, group in groups.items()}
     assert inside == expected["keep_accuracy_open_interval"]
 
 
@@ -336,4 +337,5 @@ def test_truncated_rows(golden: Golden, policy: MaskAfter | ExcludeBefore, key: 
     changed = policy(replace(rollout, truncated=truncated))
     advantage = Grpo()(changed, Evidence())
     assert advantage.tolist() == near(expected["advantages"][0], case)
-    assert trained_rows(changed).long().tolist() == expected["row_trains"]
+    trains = (rows_for_rollout(TOKEN_MEAN, changed, advantage).weight > 0).any(dim=1)
+    assert trains.long().tolist() == expected["row_trains"]

@@ -83,7 +83,7 @@ def loss_of(
     entropy = -(logp.exp() * logp).sum()
     live = Live(
         logp=logp[rollout.tokens[:, 0]][:, None],
-        entropy=entropy.expand(NUM_SAMPLES, 1) if objective.needs_entropy else None,
+        entropy=entropy.expand(NUM_SAMPLES, 1),
         mask=rollout.mask,
     )
     selected = None

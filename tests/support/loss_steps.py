@@ -16,6 +16,7 @@ from gruppo.objective import (
     compute_loss,
     make_rows,
 )
+from gruppo.types import Rollout
 
 F64 = torch.float64
 
@@ -99,6 +100,22 @@ def rows_of(objective: Objective, step: Step) -> Rows:
         ref_logp=step.ref,
         totals=Totals.of(step.mask, step.group),
         selected=selected,
+    )
+
+
+def rows_for_rollout(objective: Objective, rollout: Rollout, advantage: torch.Tensor) -> Rows:
+    """The rows of one on-policy optimizer step over a whole rollout."""
+    return make_rows(
+        objective,
+        advantage=advantage,
+        mask=rollout.mask,
+        group=rollout.group,
+        scored=torch.isfinite(rollout.total),
+        old_logp=None,
+        engine_logp=None,
+        ref_logp=None,
+        totals=Totals.of(rollout.mask, rollout.group),
+        selected=None,
     )
 
 

@@ -151,8 +151,8 @@ def test_plain_progress_is_one_line_a_step():
     reporter = Reporter(4, Console(file=stream, width=60), clock=lambda: next(now))
     metrics = {"reward/total_mean": 0.25, "group/zero_std_frac": 0.5}
     with reporter.showing():
-        reporter(1, [group(10, 4)], metrics)
-        reporter(2, [group(10, 4), group(5, 4)], metrics)
+        reporter(1, [group(10, 4)], {**metrics, "tokens/sampled": 40.0})
+        reporter(2, [group(10, 4), group(5, 4)], {**metrics, "tokens/sampled": 60.0})
     assert stream.getvalue().splitlines() == [
         "step 1/4  reward 0.250  signal 50%  4 samples  20 tokens/s  6s left",
         "step 2/4  reward 0.250  signal 50%  12 samples  15 tokens/s  6s left",
@@ -162,8 +162,33 @@ def test_plain_progress_is_one_line_a_step():
 def test_progress_prefers_the_loop_s_own_step_time():
     stream = io.StringIO()
     reporter = Reporter(2, Console(file=stream, width=60))
-    reporter(1, [group(10, 4)], {"time/step": 4.0})
-    assert "10 tokens/s  4s left" in stream.getvalue()
+    # more was drawn than kept
+    reporter(1, [group(10, 4)], {"time/step": 4.0, "tokens/sampled": 400.0})
+    assert "100 tokens/s  4s left" in stream.getvalue()
+
+
+def test_steps_with_too_few_groups_are_told_once():
+    stream = io.StringIO()
+    reporter = Reporter(3, Console(file=stream, width=60))
+    for step, partial in ((1, 0.0), (2, 1.0), (3, 1.0)):
+        metrics = {"group/partial": partial, "group/gen_batches": 10.0}
+        reporter(step, [group(10, 4)] * 3, metrics)
+    notes = [line for line in stream.getvalue().splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert "step 2 has only 3 groups" in notes[0]
+    assert "10 batches" in notes[0]
+    assert "rollout.on_limit" in notes[0]
+
+
+def test_evaluations_are_shown_with_their_error():
+    stream = io.StringIO()
+    reporter = Reporter(3, Console(file=stream, width=60))
+    reporter.evaluated(2, {"pass@1": 0.25, "pass@1_stderr": 0.125, "len": 9.0})
+    reporter.evaluated(3, {"sampled/pass@8": 0.5})
+    assert stream.getvalue().splitlines() == [
+        "held-out problems after step 2: pass@1 0.250 ± 0.125",
+        "held-out problems after step 3: sampled/pass@8 0.500",
+    ]
 
 
 def test_progress_on_a_terminal_is_a_bar():

@@ -11,6 +11,7 @@ from gruppo.objective.credit import (
     BatchStd,
     Credit,
     DrGrpo,
+    Gdpo,
     Gpg,
     Grpo,
     KLInReward,
@@ -18,11 +19,13 @@ from gruppo.objective.credit import (
     PasskAnalytic,
     PasskBest,
     PlainCredit,
+    Process,
     ReinforcePP,
     Remax,
     Reweight,
     Rloo,
     outcome,
+    reads_total,
 )
 from gruppo.types import Evidence
 
@@ -55,6 +58,14 @@ def test_what_estimators_need() -> None:
         (lambda: ReinforcePP(beta=-0.1), "beta = -0.1"),
         (lambda: Reweight(credit=Rloo(), clip=0.0), "clip = 0.0"),
         (lambda: KLInReward(credit=Rloo(), beta=-1.0), "beta = -1.0"),
+        (lambda: KLInReward(credit=Gdpo(), beta=0.1), "credit = Gdpo.* has no effect; .*KL term"),
+        (lambda: KLInReward(credit=Process(), beta=0.1), "credit = Process.* has no effect"),
+        (
+            lambda: KLInReward(credit=Reweight(credit=Gdpo(), clip=2.0), beta=0.1),
+            "credit = Reweight.* has no effect",
+        ),
+        (lambda: KLInReward(credit=PasskAnalytic(k=2), beta=0.1), "needs rewards of 0 and 1"),
+        (lambda: KLInReward(credit=MaxRl(), beta=0.1), "needs rewards ≥ 0, and a KL penalty"),
     ],
 )
 def test_bad_settings_are_refused(make, text: str) -> None:
@@ -82,6 +93,22 @@ def test_signed_binary_rewards_equal_zero_and_one() -> None:
     plain = credit(outcome([1.0, 0.0, 0.0, 1.0], [0] * 4), Evidence())
     signed = credit(outcome([1.0, -1.0, -1.0, 1.0], [0] * 4), Evidence())
     assert torch.equal(plain, signed)
+
+
+def test_a_total_that_is_not_read_changes_nothing() -> None:
+    """Why those credits refuse a KL penalty: another total, the same advantages."""
+    rollout = replace(
+        outcome([1.0, 0.0], [0, 0]),
+        parts=torch.tensor([[1.0], [0.0]], dtype=torch.float64),
+        part_names=("a",),
+        part_weights=torch.ones(1, dtype=torch.float64),
+        steps=(((1, 1.0),), ((1, 0.0),)),
+    )
+    changed = replace(rollout, total=torch.tensor([-3.0, 7.0], dtype=torch.float64))
+    for credit, reads in ((Gdpo(), False), (Process(), False), (Grpo(), True), (Rloo(), True)):
+        same = torch.equal(credit(rollout, Evidence()), credit(changed, Evidence()))
+        assert reads_total(credit) == reads == (not same)
+        assert reads_total(Reweight(credit=credit)) == reads
 
 
 def test_a_missing_greedy_score_gives_zero() -> None:
@@ -132,7 +159,7 @@ def test_records_print_compare_and_pickle() -> None:
 
 def test_own_estimators_fit_the_protocol_and_the_wrappers() -> None:
     class Constant:
-        needs = frozenset({"values"})
+        needs = frozenset({"old_logp"})
         min_group = 1
         centred = False
 
@@ -142,5 +169,5 @@ def test_own_estimators_fit_the_protocol_and_the_wrappers() -> None:
     own = Constant()
     assert isinstance(own, Credit)
     wrapped = Reweight(credit=own, neg_scale=0.25)
-    assert wrapped.needs == {"values"}
+    assert wrapped.needs == {"old_logp"}
     assert wrapped(outcome([1.0], [0]), Evidence()).tolist() == [-0.5]

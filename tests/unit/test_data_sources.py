@@ -1,17 +1,21 @@
 """Prompting, column mapping, ids, and every kind of source on files the test writes."""
 
 import json
+import math
 import re
 import sys
-from datetime import date
+from datetime import date, datetime
 from decimal import Decimal
 from types import ModuleType
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from gruppo.data import Columns, Gym, Hub, Jsonl, Parquet, Prompting, TaskSource, Verl, load
+from gruppo.data.rows import as_json
+from gruppo.policy.files import encode_json
 from gruppo.types import Message
 
 
@@ -170,6 +174,58 @@ def test_parquet_rows(tmp_path):
         {"question": "b", "answer": "2.00"},
     )
     assert [p.id for p in Jsonl(path=lines).load()] == [first.id, second.id]
+
+
+def test_further_columns_are_what_a_checkpoint_can_hold(tmp_path):
+    """Groups that wait for the next step are saved with their problems, as JSON."""
+    table = pa.table(
+        {
+            "question": ["q"],
+            "answer": ["a"],
+            "spans": pa.array([[{"day": date(2024, 1, 2), "price": Decimal("0.10")}]]),
+            "score": [float("nan")],
+        }
+    )
+    pq.write_table(table, tmp_path / "d.parquet")
+    (problem,) = Parquet(path=str(tmp_path / "d.parquet")).load()
+    assert problem.info == {"spans": [{"day": "2024-01-02", "price": "0.10"}], "score": None}
+    (copy,) = json.loads(encode_json([dict(problem.info)]))
+    assert copy == problem.info
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        (np.array([[1, 2]]), [[1, 2]]),
+        (np.int64(3), 3),
+        (np.bool_(True), True),
+        (np.float32(0.5), 0.5),
+        (np.float64("nan"), None),
+        (datetime(2024, 1, 2, 3, 4), "2024-01-02T03:04:00"),
+        ({"a": (1, Decimal("2.50"))}, {"a": (1, "2.50")}),
+        ({3, 1, 2}, [1, 2, 3]),
+        ({1: "x"}, {1: "x"}),
+    ],
+)
+def test_a_value_becomes_what_json_can_hold(value, kept):
+    assert as_json(value) == kept
+    assert type(as_json(value)) is type(kept)
+    encode_json(as_json(value))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (b"x", "holds a bytes, which JSON cannot"),
+        ([object()], "holds a object"),
+        ({"a": -math.inf}, "holds -inf"),
+        ({(1, 2): "x"}, "keys are no text"),
+        ({1: "x", "a": "y"}, "keys are no text"),
+    ],
+)
+def test_a_value_that_json_cannot_hold_is_refused(value, text):
+    with pytest.raises(ValueError, match=text):
+        as_json(value)
 
 
 def verl_rows():

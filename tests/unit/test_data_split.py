@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from gruppo.data import Jsonl, fit, split
+from gruppo.data import Jsonl, split
 from gruppo.data.split import fitting, partition
 from gruppo.types import Message, Problem
 
@@ -101,21 +101,19 @@ def test_streamed_data_split_like_a_list(tmp_path):
     streamed = split(Jsonl(path=str(path), streaming=True).load(), 12, seed=5)
     assert [list(part) for part in streamed] == [list(part) for part in loaded]
     assert streamed[0][3] == loaded[0][3]
-    fitted = fit(streamed[0], lambda messages: messages[0].content, 2)
-    assert [p.prompt[0].content for p in fitted.kept] == [
+    kept = fitting(streamed[0], lambda messages: messages[0].content, 2)
+    assert [streamed[0][row].prompt[0].content for row in kept] == [
         p.prompt[0].content for p in loaded[0] if len(p.prompt[0].content) == 2
     ]
-    assert fitted.dropped == len(loaded[0]) - len(fitted.kept)
 
 
 def words(messages):
     return [0] * sum(len(message.content.split()) for message in messages)
 
 
-def test_fit_keeps_what_fits_and_counts_the_rest():
+def test_positions_of_the_prompts_that_fit():
     problems = [problem(f"p{i}", " ".join("w" * (i + 1))) for i in range(6)]
-    kept, dropped = fit(problems, words, 4)
-    assert ([p.id for p in kept], dropped) == (["p0", "p1", "p2", "p3"], 2)
+    assert list(fitting(problems, words, 4)) == [0, 1, 2, 3]
     assert list(fitting(problems, words, 6, policy="error")) == [0, 1, 2, 3, 4, 5]
 
 
@@ -126,15 +124,15 @@ def test_fit_keeps_what_fits_and_counts_the_rest():
         (0, "drop", "max_prompt_tokens: 0 must be at least 1"),
     ],
 )
-def test_fit_refuses(limit, policy, text):
+def test_prompts_that_do_not_fit_are_refused(limit, policy, text):
     problems = [problem(f"p{i}", " ".join("w" * (i + 1))) for i in range(6)]
     with pytest.raises(ValueError, match=re.escape(text)):
-        fit(problems, words, limit, policy=policy)
+        fitting(problems, words, limit, policy=policy)
 
 
 def test_none_fits():
     with pytest.raises(ValueError, match=r"none of 1 .* \(the shortest has 3\)"):
-        fit([problem("p", "a b c")], words, 2)
+        fitting([problem("p", "a b c")], words, 2)
 
 
 def test_positions_of_the_split():

@@ -2,11 +2,12 @@
 
 import json
 import re
+from array import array
 from collections import Counter
 
 import pytest
 
-from gruppo.data import Curriculum, Jsonl, ProblemStream
+from gruppo.data import Curriculum, Jsonl, ProblemStream, View
 from gruppo.data.keyed import Draws, hash64, permutation
 from gruppo.types import Message, Problem
 
@@ -22,6 +23,11 @@ def ids(drawn):
     return [p.id for p in drawn]
 
 
+def some(name, *rows):
+    """A view, as the sources of a recipe are after the split."""
+    return View(problems(name, 3), array("Q", rows))
+
+
 def test_every_epoch_has_every_problem_once_in_another_order():
     data = problems("a", 50)
     stream = ProblemStream([(data, 1.0)], seed=0)
@@ -34,10 +40,22 @@ def test_every_epoch_has_every_problem_once_in_another_order():
 
 
 def test_epochs_count_passes():
-    stream = ProblemStream([(problems("a", 10), 1.0)], seed=0)
-    assert (stream.epoch, stream.epochs) == (0, (0.0,))
+    stream = ProblemStream([(problems("a", 10), 1.0)], seed=0, dropped=3)
+    assert (stream.epoch, stream.epochs, stream.prompts_dropped) == (0, (0.0,), 3)
     stream.draw(25)
-    assert (stream.epoch, stream.epochs) == (2, (2.5,))
+    assert (stream.epoch, stream.epochs) == (2.5, (2.5,))
+    mixed = ProblemStream([(problems("a", 10), 1.0), (problems("b", 4), 1.0)], seed=0)
+    mixed.draw(20)
+    ten, four = mixed.epochs
+    assert round(10 * ten + 4 * four) == 20
+    assert mixed.epoch == four > ten
+
+
+def test_equal_ids_under_other_names_and_once_in_views_are_fine():
+    stream = ProblemStream(
+        [(some("a", 0, 1), 1.0), (some("a", 2), 1.0), (some("b", 0), 1.0)], seed=0
+    )
+    assert {p.id for p in stream.draw(40)} == {"a0", "a1", "a2", "b0"}
 
 
 def test_draws_do_not_depend_on_how_they_are_batched():
@@ -130,8 +148,6 @@ def test_history_is_a_moving_average():
         stream.record(p, rate)
     # 1; .75 * 1 + .25 * 0 = .75; .75 * .75 + .25 * .5 = .6875
     assert stream.pass_rate(p) == 0.6875
-    stream.forget()
-    assert stream.state()["history"] == {}
     with pytest.raises(ValueError, match=re.escape("pass_rate: 1.5 must be between 0 and 1")):
         stream.record(p, 1.5)
 
@@ -201,6 +217,8 @@ def test_curriculum_refuses(settings, text):
         ([(problems("a", 2), 0.0)], "weight: 0.0 of data set 1"),
         ([(problems("a", 2), float("nan"))], "weight: nan of data set 1"),
         ([(problems("a", 2), 1.0), (problems("a", 1), 1.0)], "id 'a0' of 'a' is there twice"),
+        ([(some("a", 0, 1), 1.0), (some("a", 2, 1), 1.0)], "id 'a1' of 'a' is there twice"),
+        ([(some("a", 2, 0, 2), 1.0)], "id 'a2' of 'a' is there twice"),
     ],
 )
 def test_mixture_refuses(sources, text):

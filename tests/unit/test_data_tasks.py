@@ -50,7 +50,6 @@ def test_operations_are_drawn_evenly(items):
 
 
 def test_there_are_308_keys(items):
-    assert WordProblems().num_keys == 308
     numbers_drawn = range(2, 13)
     possible = (
         {f"+ {a} {b}" for a in numbers_drawn for b in numbers_drawn if a <= b}
@@ -63,14 +62,6 @@ def test_there_are_308_keys(items):
     assert seen <= possible
     # a sum is drawn with probability >= 1/484, so 2000 problems miss 1.6 % of the keys or fewer
     assert len(seen) >= 295
-
-
-@pytest.mark.parametrize(
-    ("operations", "count"),
-    [(("add",), 66), (("add", "combine"), 66), (("subtract",), 55), (("group",), 121)],
-)
-def test_num_keys_of_some_operations(operations, count):
-    assert WordProblems(operations=operations).num_keys == count
 
 
 def test_grammar(items):
@@ -176,19 +167,6 @@ def test_held_out_steps_of_two_step_problems_are_not_in_training():
     assert len(held_out) == 80
     trained = {key for p in train for key in p.info["split_key"]}
     assert all(set(p.info["split_key"]) - trained for p in held_out)
-
-
-def test_worked_examples_show_no_key_that_can_be_drawn():
-    task = WordProblems()
-    pairs = task.worked_examples(8)
-    assert len(pairs) == 8
-    for question, answer in pairs:
-        assert all(number > 12 for number in numbers(question))
-        work, result = re.fullmatch(r"<think>(.*)</think><answer>(\d+)</answer>", answer).groups()
-        left, right = work.split(" = ")
-        assert eval(left) == int(right) == int(result)
-    assert pairs[0][1] == "<think>15 + 17 = 32</think><answer>32</answer>"
-    assert task.worked_examples(1, layout="{answer}")[0][1] == "32"
 
 
 def test_high_range_and_single_operation():

@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 
+from gruppo.data import ProblemStream
 from gruppo.diagnose import (
     advantage_metrics,
+    data_metrics,
     group_metrics,
+    language_metrics,
     length_metrics,
     part_metrics,
     repetition_frac,
@@ -18,6 +21,7 @@ from gruppo.diagnose import (
 )
 from gruppo.metric import Mean
 from gruppo.policy import UpdateReport
+from gruppo.reward import LanguageConsistency
 from gruppo.reward.base import Part, RewardSet
 from gruppo.rollout import RolloutSettings, tensorise
 from gruppo.types import Completion, Failure, Group, Message, Problem, Score
@@ -173,3 +177,20 @@ def test_updates():
         }
     )
     assert update_metrics({}, [lost]) == {"health/skipped_steps": 1.0}
+
+
+def test_data():
+    stream = ProblemStream([([Problem(id=c, prompt=()) for c in "abcd"], 1.0)], seed=0, dropped=7)
+    stream.draw(6)
+    assert data_metrics(stream) == {"data/epoch": 1.5, "data/prompts_dropped": 7.0}
+
+
+def test_language():
+    parts = (*REWARD.parts, Part(name="english", reward=LanguageConsistency(), weight=0.0))
+    groups = [
+        group([1.0, 0.0], parts=[{"a": 1.0, "english": 0.5}, {"a": 0.0, "english": None}]),
+        group([1.0], parts=[{"a": 1.0, "english": 1.0}]),
+    ]
+    assert language_metrics(groups, parts) == {"lang/consistency": 0.75}
+    assert language_metrics(groups, REWARD.parts) == {}
+    assert math.isnan(language_metrics([], parts)["lang/consistency"])

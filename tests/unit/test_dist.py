@@ -14,7 +14,6 @@ def test_alone_everything_is_the_identity():
     assert (dist.rank(), dist.world_size()) == (0, 1)
     assert dist.all_sum(torch.tensor([3, 4])).tolist() == [3, 4]
     assert dist.all_max(2.5) == 2.5
-    assert list(dist.shard(4)) == [0, 1, 2, 3]
 
 
 WORKER = """
@@ -25,7 +24,7 @@ torch.distributed.init_process_group(
     "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
 )
 summed = dist.all_sum(torch.tensor([rank + 1, 10])).tolist()
-print(json.dumps([dist.world_size(), summed, dist.all_max(float(rank)), list(dist.shard(5))]))
+print(json.dumps([dist.world_size(), summed, dist.all_max(float(rank))]))
 torch.distributed.destroy_process_group()
 """
 
@@ -39,4 +38,4 @@ def test_two_ranks_agree():
         for rank in range(2)
     ]
     said = [json.loads(rank.communicate(timeout=100)[0]) for rank in ranks]
-    assert said == [[2, [3, 20], 1.0, [0, 2, 4]], [2, [3, 20], 1.0, [1, 3]]]
+    assert said == [[2, [3, 20], 1.0]] * 2

@@ -10,7 +10,10 @@ from transformers.models.auto import CONFIG_MAPPING
 from gruppo.engine.local import LocalEngine
 from gruppo.engine.local.batch import Prompts, Row, Wave, plan_waves
 from gruppo.engine.local.cache import GrowingLayer, make_cache, select_rows
+from gruppo.model import Lora, attach, merged_weights
+from gruppo.model.parts import context_length
 from gruppo.types import Request, Sampling
+from support.engines import assert_same
 
 
 def asked(*shapes: tuple[int, int]) -> list[Request]:
@@ -174,6 +177,46 @@ def test_logp_equals_a_plain_forward_on_other_models(name):
             assert completion.logp == pytest.approx(exact.tolist(), abs=5e-5)
             lengths.add(len(completion.tokens))
     assert len(lengths) > 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapted_model_draws_as_its_merged_weights_do(dtype):
+    """A fresh adapter changes nothing; a trained one draws what the plain merged model draws."""
+    plain, model = build("llama"), attach(build("llama"), Lora(rank=4))
+    requests, sampling = asked((4, 3), (9, 3)), Sampling(max_tokens=10, stop_tokens=(5, 6))
+    engine = LocalEngine(model, str, pad_token=0, compute_dtype=dtype)
+    before = engine.generate(requests, sampling)
+    same = LocalEngine(plain, str, pad_token=0, compute_dtype=dtype).generate(requests, sampling)
+    for left, right in zip(before, same, strict=True):
+        for pair in zip(left, right, strict=True):
+            assert_same(*pair)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    after = engine.generate(requests, sampling)
+    assert after != before
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == frozen
+    plain.load_state_dict(merged_weights(model))
+    for request, group in zip(requests, after, strict=True):
+        for completion in group:
+            ids = torch.tensor([request.tokens + completion.tokens])
+            with torch.no_grad():
+                logits = plain(input_ids=ids, use_cache=False).logits
+            logp = logits[0, len(request.tokens) - 1 : -1].double().log_softmax(-1)
+            exact = logp.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
+            close = 5e-5 if dtype == torch.float32 else 0.5
+            assert completion.logp == pytest.approx(exact.tolist(), abs=close)
+
+
+def test_the_context_is_known_whatever_the_configuration_calls_it():
+    lengths = {name: context_length(build(name)) for name in ("llama", "gpt2")}
+    assert lengths == {"llama": 64, "gpt2": 64}
+    assert context_length(attach(build("llama"), Lora(rank=1))) == 64
+    engine = LocalEngine(build("gpt2"), str, pad_token=0)
+    ((completion,),) = engine.generate(asked((60, 1)), Sampling(max_tokens=9))
+    assert (len(completion.tokens), completion.finish) == (4, "length")
 
 
 def test_only_plain_layers_are_replaced():

@@ -197,6 +197,26 @@ def test_head_that_is_no_plain_linear_layer_is_called_as_it_is() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("wrap", [nn.Identity, nn.Sequential], ids=["fused", "plain"])
+def test_an_entropy_that_is_only_logged_leaves_the_gradient_alone(wrap) -> None:
+    """To the bit; an entropy that was not asked for is 0 and has no gradient either."""
+    torch.manual_seed(6)
+    linear = nn.Linear(6, 11, dtype=torch.float64)
+    head = linear if wrap is nn.Identity else wrap(linear)
+    hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    tokens, wanted = torch.randint(0, 11, (7,)), [hidden, *linear.parameters()]
+    found = []
+    for entropy, use in ((True, False), (False, False), (False, True)):
+        logp, spread = token_logp(
+            head, hidden, tokens, rule=LogitRule(temperature=0.7), entropy=entropy, chunk=3
+        )
+        assert (spread.min() > 1.0) if entropy else (spread.abs().max() == 0.0)
+        loss = logp.square().sum() + (spread.sum() if use else 0.0)
+        found.append(torch.autograd.grad(loss, wanted))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def test_autocast_products_are_bfloat16_and_softmax_is_not() -> None:
     model, tokens = tiny(), some_tokens()
     exact = completion_logp(model, PROMPTS, tokens, LENGTHS, entropy=True)

@@ -58,6 +58,13 @@ from gruppo.objective import (
 )
 
 
+class NeedsValues:
+    needs, min_group, centred = frozenset({"values", "old_logp"}), 1, False
+
+    def __call__(self, rollout, evidence):
+        raise AssertionError("refused before it is asked")
+
+
 def plain(**parts: object) -> Objective:
     base = Objective(credit=Grpo(), surrogate=PpoClip(), weights=TokenMean())
     return replace(base, **parts)
@@ -135,6 +142,7 @@ def test_parts_refuse_senseless_settings(make, reason: str) -> None:
         ({"surrogate": KlCov()}, "KlCovTokens"),
         ({"surrogate": KlCov(), "select": TopEntropy()}, "something must select"),
         ({"select": KlCovTokens()}, "surrogate=KlCov"),
+        ({"credit": NeedsValues()}, "needs values, which no pass gives; there are old_logp"),
     ],
 )
 def test_combinations_are_refused_with_the_reason(parts: dict, reason: str) -> None:
@@ -144,7 +152,7 @@ def test_combinations_are_refused_with_the_reason(parts: dict, reason: str) -> N
 
 def test_combinations_that_look_odd_but_mean_something() -> None:
     both = plain(credit=KLInReward(credit=Rloo(), beta=0.05), kl=KLTerm(beta=0.01))
-    assert both.evidence == {"old_logp", "ref_logp"}
+    assert both.needs_reference
     constant = ReinforcePP(beta=0.0, gamma=1.0)
     row = plain(surrogate=Gspo(), weights=SeqMeanTokenMean(), credit=constant)
     assert row.credit.min_group == 1
@@ -152,20 +160,14 @@ def test_combinations_that_look_odd_but_mean_something() -> None:
     assert plain(surrogate=PpoClip(**eps), select=ClipCov(**eps)).select.role == "drop"
 
 
-def test_evidence() -> None:
-    assert plain().evidence == frozenset()
-    assert plain(kl=KLTerm(beta=0.0)).evidence == frozenset()
-    assert plain(kl=KLTerm(beta=0.1)).evidence == {"ref_logp"}
+def test_what_is_needed() -> None:
+    assert not plain().needs_reference
     assert not plain(kl=KLTerm(beta=0.0)).needs_reference
+    assert plain(kl=KLTerm(beta=0.1)).needs_reference
     assert plain(credit=ReinforcePP(beta=0.01)).needs_reference
     remax = plain(credit=Remax())
     assert remax.needs_greedy
-    assert remax.evidence == frozenset()
-    assert plain(select=TopEntropy()).needs_entropy
-    assert plain(entropy=EntropyTerm(coef=0.01)).needs_entropy
-    assert plain(entropy=EntropyTerm(adaptive=AdaptiveEntropy())).needs_entropy
-    assert not plain(entropy=EntropyTerm()).needs_entropy
-    assert not plain(surrogate=PpoClip(eps_low=1.0, eps_high=1.0), select=ClipCov()).needs_entropy
+    assert not remax.needs_reference
 
 
 def test_when_an_old_pass_is_needed() -> None:

@@ -310,7 +310,16 @@ def test_adapter_folder_loads_with_peft(make: Make, tiny_folder: Path, tmp_path:
     train(policy, range(5))
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     policy.save_pretrained(tmp_path, tokenizer, adapter_only=True)
-    assert not (tmp_path / "model.safetensors").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None  # it was a folder
+    assert config["target_modules"] == sorted(config["target_modules"])
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     again = PeftModel.from_pretrained(base, tmp_path)
     assert greedy(again) == greedy(policy.model)

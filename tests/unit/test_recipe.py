@@ -104,6 +104,104 @@ def test_preset_settings_outside_the_objective_are_defaults_that_the_recipe_may_
     assert changed.rollout.filter == "drop"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    ["kl = {beta = 0.0}", 'kl = "none"', 'kl = {beta = 0.0}\ncredit = "rloo"'],
+)
+def test_a_presets_reference_refresh_gives_way_where_nobody_reads_the_reference(changes):
+    loaded = recipe(f'[objective]\npreset = "r1_zero"\n{changes}')
+    assert loaded.train.reference_sync_steps == 0
+    assert from_table(parse(dump(loaded))) == loaded
+    given = mistakes(
+        f'[objective]\npreset = "r1_zero"\n{changes}', "[train]\nreference_sync_steps = 5"
+    )
+    assert "train.reference_sync_steps = 5: has no effect" in given
+
+
+def test_a_presets_reference_refresh_stays_where_the_reference_is_read():
+    for changes in (
+        "kl = {beta = 0.5}",
+        'kl = "none"\ncredit = {kind = "reinforce_pp", beta = 0.1}',
+    ):
+        loaded = recipe(f'[objective]\npreset = "r1_zero"\n{changes}')
+        assert loaded.train.reference_sync_steps == 400
+
+
+def test_a_presets_group_and_length_term_give_way_to_a_credit_that_cannot_take_them():
+    four = 'credit = {kind = "passk_analytic", k = 4}'
+    assert recipe(f'[objective]\npreset = "two_grpo"\n{four}').rollout.group_size == 8
+    assert recipe('[objective]\npreset = "two_grpo"\ncredit = "rloo"').rollout.group_size == 2
+    for credit, parts in (("gdpo", 1), ("maxrl", 1), ("dr_grpo", 2)):
+        loaded = recipe(f'[objective]\npreset = "dapo"\ncredit = "{credit}"')
+        assert len(loaded.reward.parts) == parts
+        assert loaded.rollout.filter == "resample"
+
+
+OVERLONG = '[[reward.parts]]\nname = "long"\nkind = "soft_overlong"\nbuffer = 9\n'
+FORMAT = '[[reward.parts]]\nname = "form"\nkind = "format"\n'
+
+
+@pytest.mark.parametrize(
+    ("preset", "text", "said"),
+    [
+        ("gdpo", OVERLONG, "reward.parts.long: has no effect"),
+        ("process", OVERLONG, "reward.parts.long: has no effect"),
+        ("gdpo", "[reward]\nclip_range = [0.0, 1.0]", "reward.clip_range = [0.0, 1.0]: has no"),
+        ("gdpo", '[rollout]\ntruncation = "penalty"', 'rollout.truncation = "penalty": has no'),
+        ("process", '[rollout]\ntruncation = "zero_reward"', "mask_after"),
+        ("passk_analytic", OVERLONG, "reward.parts.long: is added to the task's reward and makes"),
+        ("passk_analytic", FORMAT, "reward.parts.form: is added to the task's reward"),
+        ("passk_analytic", "[[reward.parts]]\nweight = 2.0", "reward.parts.right.weight = 2.0"),
+        ("passk_analytic", "[[reward.parts]]\nminimum = -0.5", "reward.parts.right.minimum = -0.5"),
+        ("passk_analytic", '[rollout]\ntruncation = "penalty"', "truncation_penalty = -0.5"),
+        ("maxrl", OVERLONG, "reward.parts.long: can make rewards negative"),
+        ("maxrl", FORMAT + "weight = -1.0", "reward.parts.form.weight = -1.0: can make"),
+        ("maxrl", FORMAT + "minimum = -1.0", "reward.parts.form.minimum = -1.0: can make"),
+        ("maxrl", '[rollout]\ntruncation = "penalty"', "truncation_penalty = -0.5: can make"),
+    ],
+)
+def test_rewards_that_a_credit_does_not_read_or_cannot_take_are_refused(preset, text, said):
+    head = f'[objective]\npreset = "{preset}"\n'
+    assert said in told(head, text)
+
+
+@pytest.mark.parametrize(
+    ("preset", "text"),
+    [
+        ("gdpo", FORMAT + '[rollout]\ntruncation = "mask_after"'),
+        ("gdpo", OVERLONG + "shape = false"),
+        ("gdpo", OVERLONG + "weight = 0.0"),
+        ("gdpo", '[rollout]\ntruncation = "exclude_before"'),
+        ("passk_analytic", '[rollout]\ntruncation = "zero_reward"'),
+        ("passk_analytic", OVERLONG + "weight = 0.0"),
+        ("passk_analytic", FORMAT + "[reward]\nclip_range = [0.0, 1.0]"),
+        ("passk_analytic", '[rollout]\ntruncation = "penalty"\ntruncation_penalty = -1.0'),
+        ("maxrl", FORMAT),
+        ("maxrl", OVERLONG + "[reward]\nclip_range = [0.0, 2.0]"),
+        ("maxrl", '[rollout]\ntruncation = "penalty"\ntruncation_penalty = 0.5'),
+        ("default", OVERLONG + '[rollout]\ntruncation = "penalty"'),
+    ],
+)
+def test_rewards_that_it_can_take_are_not(preset, text):
+    assert told(f'[objective]\npreset = "{preset}"\n', text) == ""
+
+
+def told(objective: str, text: str) -> str:
+    """What is wrong with the minimal recipe, its objective and reward changed."""
+    data = parse(MINIMAL + objective)
+    more = parse(text)
+    (part, *_), reward = data["reward"]["parts"], more.pop("reward", {})
+    added = reward.pop("parts", [])
+    if added and "kind" not in added[0]:
+        part.update(added.pop())
+    data["reward"] |= {"parts": [part, *added], **reward}
+    try:
+        from_table({**data, **more})
+    except RecipeError as error:
+        return str(error)
+    return ""
+
+
 def test_overlong_buffer_of_a_preset_is_a_fifth_of_a_small_budget():
     loaded = recipe('[objective]\npreset = "dapo"', "[rollout]\nmax_tokens = 1000")
     part = loaded.reward.build(max_tokens=1000).parts[-1]

@@ -60,6 +60,8 @@ def test_folder_of_others_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it holds thesis\.tex"):
         RunDirectory.create(tmp_path, RECIPE)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ValueError, match=r"thesis\.tex is no folder"):
+        RunDirectory.create(tmp_path / "thesis.tex", RECIPE)
     with pytest.raises(ValueError, match="holds no run"):
         RunDirectory.open(tmp_path)
 
@@ -116,11 +118,6 @@ def test_damaged_or_newer_run_json_is_an_os_error(tmp_path: Path) -> None:
             RunDirectory.open(tmp_path / "a")
     file.write_text(json.dumps(good))
     RunDirectory.open(tmp_path / "a").close()  # no failed attempt kept the lock
-
-
-def test_write_text_takes_any_string(tmp_path: Path) -> None:
-    with RunDirectory.create(tmp_path / "a", RECIPE) as run:
-        assert run.write_text("report.html", "<p>é \ud800").read_bytes() == b"<p>\xc3\xa9 \\ud800"
 
 
 def test_git_commit_with_and_without_changes(tmp_path: Path) -> None:

@@ -46,8 +46,9 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
     RunDirectory.create(tmp_path / "a", "").close()
     for step in (1, 2):
         with RunDirectory.open(tmp_path / "a") as run:
-            tracker = Wandb(project="p", mode="offline").start(run, last_step=step - 1)
+            tracker = Wandb(project="p", mode="offline").start(run, resumed_after=step - 1)
             tracker(step, [], METRICS)
+            tracker.evaluated(step, {"pass@1": 0.25, "len": math.nan})
             tracker.close()
     first, second = session.inits
     assert first["id"] == second["id"]
@@ -61,9 +62,8 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert first["save_code"] is False
     assert vars(first["settings"])["disable_git"] is True
     logs = [entry for entry in session.logs if entry[0] != "define"]
-    assert logs == [
-        ({"reward/total_mean": 0.5, "adv/abs_max": 2.0, "step": step}, None) for step in (1, 2)
-    ]
+    sent = ({"reward/total_mean": 0.5, "adv/abs_max": 2.0}, {"eval/pass@1": 0.25})
+    assert logs == [({**metrics, "step": step}, None) for step in (1, 2) for metrics in sent]
     assert session.finished == 2
 
 
@@ -86,21 +86,26 @@ def test_trackio_goes_on_under_the_same_name(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard_hides_points_after_the_resumed_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resumed_after", [2, 0])
+def test_tensorboard_draws_no_step_twice(tmp_path: Path, resumed_after: int) -> None:
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     ).EventAccumulator
     with RunDirectory.create(tmp_path / "a", "") as run:
-        for first, last, value in ((1, 4, 1.0), (3, 4, 2.0)):
-            tracker = TensorBoard().start(run, last_step=first - 1)
-            for step in range(first, last + 1):
+        for after, value in ((None, 1.0), (resumed_after, 2.0)):
+            tracker = TensorBoard().start(run, resumed_after=after)
+            if not after:
+                tracker.evaluated(0, {"pass@1": value})
+            for step in range((after or 0) + 1, 5):
                 tracker(step, [], {"m": value * step, "nan": math.nan})
             tracker.close()
     events = accumulator(str(tmp_path / "a" / "tensorboard"))
     events.Reload()
-    assert events.Tags()["scalars"] == ["m"]
+    assert sorted(events.Tags()["scalars"]) == ["eval/pass@1", "m"]
     points = [(event.step, event.value) for event in events.Scalars("m")]
-    assert points == [(1, 1.0), (2, 2.0), (3, 6.0), (4, 8.0)]
+    assert points == [(n, n * (1.0 if n <= resumed_after else 2.0)) for n in (1, 2, 3, 4)]
+    evaluated = [(event.step, event.value) for event in events.Scalars("eval/pass@1")]
+    assert evaluated == [(0, 1.0 if resumed_after else 2.0)]
 
 
 @pytest.mark.parametrize(

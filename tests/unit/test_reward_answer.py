@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gruppo.reward.answer import Exact, Number, Regex
+from gruppo.reward.answer import Exact, Number
 from gruppo.reward.extract import find_answer, last_boxed, one_number, to_fraction
 from gruppo.reward.math_answer import Math, compare_exactly, reference, tidy
+from gruppo.reward.regex import Regex
 from gruppo.types import Completion, Problem, Score
 
 
@@ -129,6 +130,8 @@ def test_exact_collapses_white_space_and_folds_case_when_asked() -> None:
 def test_regex_takes_the_answer_literally() -> None:
     assert grade(Regex(pattern=r"= {answer}$"), "1.5", "x = 1.5", "x = 1x5") == [1.0, 0.0]
     assert grade(Regex(pattern="A+", full=True, ignore_case=True), None, "aAa", "aab") == [1.0, 0.0]
+    assert grade(Regex(pattern="a.b"), None, "xa\nb", "a\ud800b") == [1.0, 1.0]
+    assert grade(Regex(pattern="is {answer}"), None, "is 3") == ["grader/gold_missing"]
     with pytest.raises(ValueError, match="regex reward: pattern"):
         Regex(pattern="(")
 

@@ -1,7 +1,7 @@
 """The boundary: totals, task, shaping, clip, and which row each failure costs."""
 
 from collections.abc import Sequence
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -13,11 +13,11 @@ from gruppo.reward import (
     RewardSet,
     Shaping,
     SoftOverlong,
-    count_failures,
     refused,
     ungraded,
 )
 from gruppo.types import Completion, Failure, Problem, Score
+from support.scores import count_failures
 
 PROBLEM = Problem(id="p", prompt=(), answer="1")
 
@@ -77,16 +77,39 @@ def test_a_bad_value_unscores_its_own_row_only(bad: object, kind: str) -> None:
     assert count_failures(scores) == {f"grader/{kind}": 1}
 
 
-def test_a_part_that_is_not_the_task_may_fail_and_the_row_stays_scored() -> None:
+@pytest.mark.parametrize(("weight", "expected"), [(0.5, [1.0, None, 0.5]), (0.0, [1.0, 1.0, 0.0])])
+def test_a_failed_grader_of_a_weighted_part_unscores_the_row(weight, expected) -> None:
+    # None is a choice (the others are summed), NaN a failure: its total would lack a term that
+    # the rest of the group has; a part that is only watched costs nothing
     parts = (
-        Part(name="task", reward=fixed(1.0, 0.0)),
-        Part(name="extra", reward=fixed(float("nan"), 1.0), weight=0.5),
+        Part(name="task", reward=fixed(1.0, 1.0, 0.0)),
+        Part(name="extra", reward=fixed(None, float("nan"), 1.0), weight=weight),
+    )
+    scores = RewardSet(parts).score(PROBLEM, rows(1, 1, 1))
+    assert totals(scores) == expected
+    assert [score.task for score in scores] == [1.0, 1.0, 0.0]
+    assert scores[1].parts == {"task": 1.0, "extra": None}
+    assert count_failures(scores) == {"grader/nonfinite": 1}
+    assert scores[1].error is not None
+    assert scores[1].error.fault == "grader"
+
+
+def test_a_task_that_could_not_be_graded_unscores_the_row_at_any_weight() -> None:
+    parts = (
+        Part(name="right", reward=fixed(float("nan"), 1.0), weight=0.0),
+        Part(name="extra", reward=fixed(0.25, 0.25)),
     )
     scores = RewardSet(parts).score(PROBLEM, rows(1, 1))
-    assert totals(scores) == [1.0, 0.5]
+    assert [(score.total, score.task) for score in scores] == [(None, None), (0.25, 1.0)]
     assert count_failures(scores) == {"grader/nonfinite": 1}
-    unscored = RewardSet(parts, task="extra").score(PROBLEM, rows(1, 1))
-    assert totals(unscored) == [None, 0.5]
+
+
+def test_the_failure_that_unscored_a_row_is_the_one_that_is_told() -> None:
+    parts = (
+        Part(name="task", reward=fixed(refused("unreadable", "x"))),
+        Part(name="judge", reward=fixed(ungraded("down", "y")), weight=0.5),
+    )
+    assert count_failures(RewardSet(parts).score(PROBLEM, rows(1))) == {"grader/down": 1}
 
 
 def test_the_first_of_several_task_parts_that_gave_a_value_is_the_task() -> None:
@@ -179,17 +202,20 @@ def test_shaping_is_added_only_where_the_task_metric_varies() -> None:
     assert dead[0].parts == {"task": 1.0, "long": -1.0}
     everywhere = RewardSet(parts, shape_only_live=False)
     assert totals(everywhere.score_groups(groups)[1]) == [0.5, 1.0]
-    assert (everywhere.part_names, everywhere.shape_names) == (("task",), ("long",))
+    assert everywhere.part_names == ("task",)
 
 
-def test_a_failing_shaping_term_leaves_the_total() -> None:
-    parts = (
-        Part(name="task", reward=fixed(1.0, 0.0)),
-        Part(name="shape", reward=fixed("x", -0.5), shape=True),
-    )
-    scores = RewardSet(parts).score(PROBLEM, rows(1, 1))
-    assert totals(scores) == [1.0, -0.5]
+def test_a_failing_shaping_term_unscores_where_it_counts() -> None:
+    task = Part(name="task", reward=fixed(1.0, 0.0, 1.0))
+    shape = Part(name="shape", reward=fixed("x", -0.5, None), shape=True)
+    scores = RewardSet((task, shape)).score(PROBLEM, rows(1, 1, 1))
+    assert totals(scores) == [None, -0.5, 1.0]
+    assert scores[0].task == 1.0
     assert count_failures(scores) == {"grader/type": 1}
+    dead = Part(name="task", reward=fixed(1.0, 1.0, 1.0))
+    assert totals(RewardSet((dead, shape)).score(PROBLEM, rows(1, 1, 1))) == [1.0, 1.0, 1.0]
+    watched = replace(shape, weight=0.0)
+    assert totals(RewardSet((task, watched)).score(PROBLEM, rows(1, 1, 1))) == [1.0, 0.0, 1.0]
 
 
 def test_clip_range_bounds_the_shaped_total() -> None:

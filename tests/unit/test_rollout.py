@@ -1,5 +1,6 @@
 """Rollouts: what is kept, what is drawn again, and what the tensors hold."""
 
+import dataclasses
 import json
 import math
 
@@ -8,9 +9,9 @@ import torch
 
 from gruppo.data.stream import ProblemStream
 from gruppo.errors import ServiceError
-from gruppo.reward.base import Part, RewardSet
+from gruppo.reward import KimiLength, LinearLength, Part, RewardSet, SoftOverlong
 from gruppo.rollout import Rollouts, RolloutSettings, decode_group, encode_group, tensorise
-from gruppo.types import Completion, Group, Message, Problem, Score
+from gruppo.types import Completion, Failure, Group, Message, Problem, Score
 
 PROBLEMS = [
     Problem(id=str(n), prompt=(Message("user", f"{n}?"),), answer=str(n)) for n in range(12)
@@ -155,6 +156,65 @@ def test_greedy_baseline_is_the_reward_of_one_more_completion():
     assert baselines == {n: float(n % 3 > 0) for n in range(9)}
 
 
+class Told(Scripted):
+    """Draws the rows that it is given, and the ``greedy`` one where temperature is 0."""
+
+    def __init__(self, rows, greedy):
+        super().__init__()
+        self.rows, self.greedy = rows, greedy
+
+    def generate(self, requests, sampling):
+        rows = self.rows if sampling.temperature else (self.greedy,)
+        return [rows for _ in requests]
+
+
+def totals(rows, greedy, *shaping, **settings):
+    """What one group's sampled rows and its baseline come to, in the tensors of credit."""
+    made = rollouts(prompts_per_step=1, group_size=len(rows), filter="keep", **settings)
+    made.engine = Told(rows, greedy)
+    made.stream = ProblemStream([(PROBLEMS[1:2], 1.0)], seed=0)
+    made.reward = RewardSet((*REWARD.parts, *shaping))
+    made.greedy_baseline = True
+    groups = made.collect().groups
+    batch = tensorise(groups, made.reward, made.settings, greedy_baseline=True)
+    return batch.total.tolist(), batch.baseline.item()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"truncation": "none"},
+        {"truncation": "mask_after"},
+        {"truncation": "exclude_before"},
+        {"truncation": "zero_reward"},
+        {"truncation": "penalty", "truncation_penalty": -0.25},
+        {"truncation": "penalty", "truncation_penalty": 0.5},
+    ],
+)
+@pytest.mark.parametrize(
+    "shaping",
+    [SoftOverlong(max_tokens=8, buffer=6), KimiLength(), LinearLength()],
+    ids=lambda record: record.kind,
+)
+@pytest.mark.parametrize("greedy", [0, 1, 2])
+def test_the_greedy_baseline_is_the_same_function_as_a_sampled_total(greedy, shaping, policy):
+    """A sampled row equal to the greedy one has exactly the baseline, so its advantage is 0."""
+    rows = (row("1"), row("no, not", finish="length"), row("1", finish="length"))
+    part = Part(name="length", reward=shaping, shape=True)
+    sampled, baseline = totals(rows, rows[greedy], part, **policy)
+    assert sampled[greedy] == pytest.approx(baseline, nan_ok=True)
+
+
+def test_shaping_and_truncation_of_the_baseline_by_hand():
+    """7 of 8 tokens with a buffer of 6: -5/6; a baseline cut off scores 0 or nothing."""
+    overlong = Part(name="length", reward=SoftOverlong(max_tokens=8, buffer=6), shape=True)
+    rows, cut = (row("1"), row("no")), row("no, not", finish="length")
+    assert totals(rows, cut, overlong) == ([1.0, 0.0], pytest.approx(-5 / 6))
+    assert totals(rows, cut, overlong, truncation="zero_reward")[1] == 0.0
+    assert totals(rows, cut, truncation="penalty", truncation_penalty=-2.0)[1] == -2.0
+    assert math.isnan(totals(rows, cut, truncation="exclude_before")[1])
+
+
 def groups_with_truncation():
     problem = PROBLEMS[1]
     rows = (row("1"), row("no, it is", finish="length"))
@@ -199,6 +259,16 @@ def test_truncation_policies(policy, total, trained):
 def test_groups_survive_json():
     group = groups_with_truncation()[0]
     assert decode_group(json.loads(json.dumps(encode_group(group)))) == group
+
+
+def test_what_is_buffered_tells_no_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    group = groups_with_truncation()[0]
+    failure = Failure(kind="exception", fault="grader", text="/home/somebody/rewards.py:3 failed")
+    score = Score(total=None, task=None, error=failure)
+    plain = json.dumps(encode_group(dataclasses.replace(group, scores=(score, score))))
+    assert "somebody" not in plain
+    assert decode_group(json.loads(plain)).scores[0].error.text == "~/rewards.py:3 failed"
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gruppo.objective.batch import accumulation_steps, optimizer_steps, rows_per_rollout
+from gruppo.objective.composition import Objective
 from gruppo.objective.control import AdaptiveEntropy, AdaptiveKL, mix
-from gruppo.objective.credit import outcome
+from gruppo.objective.credit import Grpo, outcome
 from gruppo.objective.estimate import pass_at_k, pass_hat_k, standard_error
-from gruppo.objective.filters import MeanInside, Varied, refill
+from gruppo.objective.filters import mean_inside, refill
 from gruppo.objective.masks import (
     ExcludeBefore,
     KeepTruncated,
@@ -22,11 +23,14 @@ from gruppo.objective.masks import (
     Truncation,
     ZeroReward,
     mask_from_stop,
-    trained_rows,
 )
 from gruppo.objective.pairs import implicit_reward, ipo_loss
 from gruppo.objective.staleness import is_fresh, may_start, staleness
+from gruppo.objective.surrogate import PpoClip
 from gruppo.objective.value import value_loss
+from gruppo.objective.weights import TokenMean
+from gruppo.types import is_live
+from support.loss_steps import rows_for_rollout
 
 NAN = float("nan")
 
@@ -51,7 +55,9 @@ def test_truncation_policies(policy: Truncation, total: list[float], trains: lis
     changed = policy(rollout)
     expected = torch.tensor(total, dtype=torch.float64)
     torch.testing.assert_close(changed.total, expected, rtol=0.0, atol=0.0, equal_nan=True)
-    assert trained_rows(changed).long().tolist() == trains
+    objective = Objective(credit=Grpo(), surrogate=PpoClip(), weights=TokenMean())
+    weight = rows_for_rollout(objective, changed, torch.ones(4)).weight
+    assert (weight > 0).any(dim=1).long().tolist() == trains
     assert torch.equal(changed.task, rollout.task) or torch.isnan(rollout.task).any()
 
 
@@ -122,11 +128,11 @@ def test_pass_at_k_of_many_draws_is_exact() -> None:
 
 
 def test_filters_ignore_unscored_rows() -> None:
-    assert not Varied()([1.0, None, 1.0 + 1e-9, NAN])
-    assert Varied()([1.0, None, 0.0])
-    assert MeanInside(low=0.2, high=0.8)([1.0, None, 0.0])
-    assert not MeanInside()([None, None])
-    assert not MeanInside(low=0.5, high=0.9)([1.0, 0.0])
+    assert not is_live([1.0, None, 1.0 + 1e-9])
+    assert is_live([1.0, None, 0.0])
+    assert mean_inside([1.0, None, 0.0], low=0.2, high=0.8)
+    assert not mean_inside([None, None])
+    assert not mean_inside([1.0, 0.0], low=0.5, high=0.9)
 
 
 def test_staleness_edges() -> None:
@@ -160,8 +166,7 @@ def test_inner_epochs_multiply_the_steps() -> None:
         (lambda: AdaptiveEntropy(delta=-1.0), "delta = -1.0"),
         (lambda: mix(torch.ones(1), torch.ones(1), alpha=1.5), "alpha = 1.5"),
         (lambda: Penalty(value=NAN), "value = nan"),
-        (lambda: Varied(zero_tol=-1.0), "zero_tol = -1.0"),
-        (lambda: MeanInside(low=1.0, high=0.0), "low = 1.0 must be below"),
+        (lambda: mean_inside([1.0], low=1.0, high=0.0), "low = 1.0 must be below"),
         (lambda: refill(lambda n: [n], bool, target=0), "target = 0"),
         (lambda: pass_at_k(4, 5, 1), "c = 5 right answers of n = 4"),
         (lambda: pass_hat_k(4, 2, 5), "k = 5 must be between 1"),

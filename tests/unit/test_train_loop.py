@@ -1,15 +1,14 @@
 """The training loop: control, evaluation, stops and faults, on the tiny model."""
 
 import dataclasses
-import functools
-import types
 
 import pytest
 import torch
 
-import gruppo.train
 import gruppo.update
+from gruppo.budget import Budget
 from gruppo.errors import NumericError, ServiceError
+from gruppo.evaluate import EVAL_KEY
 from gruppo.objective import (
     AdaptiveEntropy,
     AdaptiveKL,
@@ -37,6 +36,7 @@ def test_the_kl_coefficient_follows_its_law(tiny_folder):
     for step in range(1, 5):
         seen = run.keeper.metrics[step]
         assert seen["kl/beta"] == beta
+        assert (seen["data/epoch"], seen["data/prompts_dropped"]) == (2 * step / 8, 0.0)
         error = min(max(seen["kl/ref_k3"] / 0.01 - 1, -0.2), 0.2)
         beta = beta * (1 + error * 10 / 100)  # ten rows a step
     assert outcome.state.coefficients.kl == beta != 0.1
@@ -99,22 +99,101 @@ def test_evaluation_before_and_after_only(tiny_folder):
     assert (outcome.ended_by, list(run.keeper.saved)) == ("steps", [3, 4])
 
 
-def test_no_step_is_begun_that_would_overrun_the_time(tiny_folder, monkeypatch):
-    clock = [0.0]
-    fake = types.SimpleNamespace(monotonic=lambda: clock[0])
-    from_zero = functools.partial(gruppo.train._Budget, started=0.0, last=0.0)
-    monkeypatch.setattr(gruppo.train, "time", fake)
-    monkeypatch.setattr(gruppo.train, "_Budget", from_zero)
-    run = run_of(tiny_folder, steps=9, time_limit_s=35)
+class Clock:
+    """Seconds that pass where a test lets them."""
 
-    def pass_time(key):
-        clock[0] += 10 if key == 0 else 0
+    def __init__(self, now):
+        self.now = now
 
-    run.engine.hook = pass_time
+    def __call__(self):
+        return self.now
+
+    def passes(self, seconds):
+        self.now += seconds
+
+
+def timed(tiny_folder, *, limit, save, evaluation=None, due=()):
+    """A run taken up 7 s ago whose steps take 10 s; returns it and its clock."""
+    clock = Clock(107.0)
+    evaluator = None if evaluation is None else scripted([1, 1], every=0)
+    run = run_of(tiny_folder, steps=9, time_limit_s=limit, due=due, evaluator=evaluator)
+    run = dataclasses.replace(run, budget=Budget(began=100.0, clock=clock))
+    costs = {0: 10.0, EVAL_KEY: evaluation}
+    run.engine.hook = lambda key: clock.passes(costs.get(key, 0.0))
+    run.keeper.on_save = lambda step: clock.passes(save)
+    return run, clock
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(46, 2), (47, 3), (56, 3), (57, 4)])
+def test_the_time_limit_holds_the_last_save(tiny_folder, limit, steps):
+    """7 s of loading, n steps of 10 s, a save after the first and one at the end of 5 s."""
+    run, clock = timed(tiny_folder, limit=limit, save=5.0, due=(1,))
     outcome = train(run)
-    assert (outcome.ended_by, outcome.state.step) == ("time", 3)  # 30 + 10 > 35
-    assert list(run.keeper.saved) == [3]
-    assert [m["time/step"] for m in run.keeper.metrics.values()] == [10.0, 10.0, 10.0]
+    assert (outcome.ended_by, outcome.state.step) == ("time", steps)
+    assert clock.now - 100 == 7 + 5 + 10 * steps + 5 <= limit
+    assert list(run.keeper.saved) == [1, steps]
+    assert {m["time/step"] for m in run.keeper.metrics.values()} == {10.0}
+
+
+def test_a_save_never_made_is_reserved_as_long_as_a_step(tiny_folder):
+    run, clock = timed(tiny_folder, limit=46, save=9.0)
+    assert train(run).state.step == 2  # 27 + 10 + 10 > 46
+    assert clock.now - 100 == 36.0
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(72, 2), (73, 3)])
+def test_the_time_limit_holds_the_evaluations(tiny_folder, limit, steps):
+    run, clock = timed(tiny_folder, limit=limit, save=6.0, evaluation=13.0)
+    outcome = train(run)  # 7 + 13 + 3 steps, then a save (reserved as a step) and 13
+    assert (outcome.ended_by, outcome.state.step) == ("time", steps)
+    assert clock.now - 100 == 7 + 13 + 10 * steps + 6 + 13 <= limit
+    assert [step for step, _ in run.keeper.evaluated] == [0, steps]
+
+
+def test_a_limit_that_loading_used_up_trains_nothing_and_saves(tiny_folder):
+    run, _ = timed(tiny_folder, limit=6, save=1.0)
+    outcome = train(run)
+    assert (outcome.ended_by, outcome.state.step, list(run.keeper.saved)) == ("time", 0, [0])
+
+
+class Told:
+    """A callback that remembers what it was told."""
+
+    def __init__(self):
+        self.steps, self.evaluations = [], []
+
+    def __call__(self, step, groups, metrics):
+        self.steps.append(step)
+
+    def evaluated(self, step, metrics):
+        self.evaluations.append((step, metrics["pass@1"]))
+
+
+def test_callbacks_are_told_of_steps_and_evaluations(tiny_folder):
+    told = Told()
+    run = run_of(tiny_folder, evaluator=scripted([1, 2, 4], every=2))
+    train(dataclasses.replace(run, callbacks=(told,)))
+    assert told.steps == [1, 2, 3, 4]
+    assert told.evaluations == [(0, 0.25), (2, 0.5), (4, 1.0)]
+
+
+def test_a_step_with_fewer_groups_than_asked_for_is_marked(tiny_folder):
+    """Of every two problems one has rewards that differ, and there is one batch to find two in."""
+
+    def reward(problem, completions):
+        graded.append(problem)
+        return [float(len(graded) % 2 == row == 1) for row in range(len(completions))]
+
+    graded = []
+    run = run_of(tiny_folder, reward=reward, steps=2)
+    run.rollouts.settings = dataclasses.replace(
+        run.rollouts.settings, filter="resample", max_gen_batches=1
+    )
+    train(run)
+    assert [m["group/partial"] for m in run.keeper.metrics.values()] == [1.0, 1.0]
+    plain = run_of(tiny_folder, steps=1)
+    train(plain)
+    assert plain.keeper.metrics[1]["group/partial"] == 0.0
 
 
 DOCUMENTED = """

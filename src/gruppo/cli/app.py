@@ -15,6 +15,7 @@ from rich.console import Console
 
 from gruppo import __version__
 from gruppo.cli.errors import USER_ERROR, exit_code, explain
+from gruppo.interrupt import Interrupted, whole_process
 
 app: Final = App(
     name="gruppo",
@@ -37,8 +38,20 @@ Step = Annotated[int | None, Parameter(help="Checkpoint of this step, not the ne
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code. Errors are explained on standard error."""
-    tokens = sys.argv[1:] if arguments is None else list(arguments)
+    """Run the command line and return its exit code. Errors are explained on standard error.
+
+    Without ``arguments`` those of the process are taken, and its signals are handled to its end.
+    """
+    if arguments is not None:
+        return _run(list(arguments))
+    try:
+        with whole_process():
+            return _run(sys.argv[1:])
+    except Interrupted as error:  # between the last words and the end
+        return error.exit_code
+
+
+def _run(tokens: list[str]) -> int:
     if "" not in sys.path:
         sys.path.append("")  # custom parts may lie in the current folder
     try:

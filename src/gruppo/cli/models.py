@@ -11,12 +11,10 @@ from rich.console import Console
 from gruppo.cli.summary import describe_evaluation
 from gruppo.model import CATALOG, cache_folder
 from gruppo.model.packaged import quiet
-from gruppo.recipe import Recipe, from_table, load
+from gruppo.model.parts import context_length
+from gruppo.recipe import Recipe, load
 from gruppo.recipe.build import Opened, Report, make_evaluator, open_model, open_rewards
-from gruppo.recipe.dump import dump
-from gruppo.recipe.problems import open_problems
-from gruppo.recipe.session import read_recipe
-from gruppo.recipe.source import override, parse
+from gruppo.recipe.problems import open_problems, prompt_limit
 from gruppo.recipe.trained import is_run, open_trained
 from gruppo.record import Database, RunDirectory, export_samples
 from gruppo.types import Message, Request
@@ -28,13 +26,17 @@ def evaluate(
     """Evaluate a run's model, or a recipe's untrained one, on the held-out problems."""
     path = Path(target).expanduser()
     if is_run(path):
-        with RunDirectory.open(path, lock=False) as directory:
-            recipe = _changed(read_recipe(directory), settings)
-        opened = open_trained(path, report, step=step).opened
+        trained = open_trained(path, report, step=step, settings=settings)
+        recipe, opened = trained.recipe, trained.opened
     else:
         recipe = load(target, settings)
         opened = open_model(recipe.model, recipe, report)
-    problems = open_problems(recipe.data, opened.encoder.encode, report)
+    problems = open_problems(
+        recipe.data,
+        opened.encoder.encode,
+        report,
+        max_prompt_tokens=prompt_limit(recipe, context_length(opened.model)),
+    )
     reward = open_rewards(recipe)
     try:
         evaluator = make_evaluator(recipe, opened, reward, problems)
@@ -48,15 +50,12 @@ def evaluate(
     return 0
 
 
-def _changed(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    return from_table(override(parse(dump(recipe)), settings), "--set")
-
-
 def export_weights(run: Path, output: Path, *, step: int | None, report: Report) -> int:
     """Write a run's model as a folder that transformers and vLLM load."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; choose another name")
-    trained = open_trained(run, report, step=step)
+    # merging takes no accelerator, and the machine that trained may be far away
+    trained = open_trained(run, report, step=step, settings=["model.device=cpu"])
     output.mkdir(parents=True, exist_ok=True)
     with quiet():
         trained.policy.save_pretrained(output, trained.opened.loaded.tokenizer)
@@ -95,8 +94,8 @@ def chat(
 def _open_for_chat(target: str, settings: Iterable[str], report: Report) -> tuple[Recipe, Opened]:
     path = Path(target).expanduser()
     if is_run(path):
-        trained = open_trained(path, report)
-        return _changed(trained.recipe, settings), trained.opened
+        trained = open_trained(path, report, settings=settings)
+        return trained.recipe, trained.opened
     recipe = load("quickstart", settings)
     recipe = replace(recipe, model=replace(recipe.model, name=target))
     return recipe, open_model(recipe.model, recipe, report)

@@ -29,6 +29,7 @@ class Reporter:
         self._console = console
         self._clock = clock
         self._samples = 0
+        self._warned = False
         self._last = clock()
         self._seconds: list[float] = []
         self._bar = _bar(console) if console.is_terminal else None
@@ -51,19 +52,28 @@ class Reporter:
         self._seconds.append(metrics.get("time/step", now - self._last))
         self._last = now
         self._samples += sum(len(group.completions) for group in groups)
-        tokens = sum(len(row.tokens) for group in groups for row in group.completions)
         recent = self._seconds[-_RATE_WINDOW:]
         text = describe_step(
             metrics,
             samples=self._samples,
-            tokens_per_second=tokens / max(self._seconds[-1], 1e-9),
+            tokens_per_second=metrics.get("tokens/sampled", 0.0) / max(self._seconds[-1], 1e-9),
             seconds_left=sum(recent) / len(recent) * (self._total - step),
         )
+        if metrics.get("group/partial", 0.0) and not self._warned:
+            self._warned = True
+            self.say(describe_partial(step, len(groups), metrics))
         if self._bar is None or self._task is None:
             width = len(str(self._total))
             self.say(f"step {step:>{width}}/{self._total}  {text}")
         else:
             self._bar.update(self._task, completed=step, text=text)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show an evaluation's first result."""
+        name = next(iter(metrics))
+        error = metrics.get(f"{name}_stderr", math.nan)
+        spread = "" if math.isnan(error) else f" ± {error:.3f}"
+        self.say(f"held-out problems after step {step}: {name} {metrics[name]:.3f}{spread}")
 
     def say(self, text: str) -> None:
         """Print one plain line, above the bar if there is one."""
@@ -94,6 +104,22 @@ def describe_step(
         f"{duration(seconds_left)} left",
     ]
     return "  ".join(shown)
+
+
+def describe_partial(step: int, count: int, metrics: Mapping[str, float]) -> str:
+    """What to say when a step goes on with fewer groups than asked for.
+
+    Example:
+        >>> describe_partial(7, 3, {"group/gen_batches": 10.0})
+        'note: step 7 has only 3 groups: no others had differing rewards after 10 batches \
+(rollout.max_gen_batches, rollout.on_limit); later such steps are in the metric group/partial'
+    """
+    tries = metrics.get("group/gen_batches", math.nan)
+    return (
+        f"note: step {step} has only {count} groups: no others had differing rewards after "
+        f"{tries:.0f} batches (rollout.max_gen_batches, rollout.on_limit); later such steps are in "
+        "the metric group/partial"
+    )
 
 
 def duration(seconds: float) -> str:

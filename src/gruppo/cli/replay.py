@@ -103,3 +103,6 @@ class _Show:
         if step == self.step:
             lines = [f"  {name:<32}{value:>14.6g}" for name, value in sorted(metrics.items())]
             self.report("\n".join([f"step {step}", *lines]))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Report nothing: a replay has no evaluator."""

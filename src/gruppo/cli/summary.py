@@ -51,7 +51,8 @@ def describe_evaluation(evaluation: Evaluation) -> Iterator[str]:
 
 def show_changes(before: Sequence[Graded], after: Sequence[Graded]) -> Iterator[str]:
     """Greedy completions of two problems before and after, those that were learned first."""
-    pairs = list(zip(before, after, strict=True))
+    known = {_key(graded): graded for graded in before}  # of a resumed run, some only
+    pairs = [(known[_key(new)], new) for new in after if _key(new) in known]
     gains = sorted(pairs, key=lambda pair: -_gain(*pair))
     for old, new in gains[:_SHOWN]:
         yield ""
@@ -61,6 +62,10 @@ def show_changes(before: Sequence[Graded], after: Sequence[Graded]) -> Iterator[
             task = graded.scores[0].task
             score = "unscored" if task is None else f"reward {task:g}"
             yield f"  {label} ({score}): {_short(graded.completions[0].text)}"
+
+
+def _key(graded: Graded) -> tuple[str, str]:
+    return graded.problem.source, graded.problem.id
 
 
 def _gain(old: Graded, new: Graded) -> float:

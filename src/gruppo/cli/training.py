@@ -5,6 +5,7 @@ This module imports everything heavy; the verbs import it late.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.console import Console
 from gruppo.cli.progress import Reporter
 from gruppo.cli.summary import summarise
 from gruppo.recipe import Recipe
+from gruppo.recipe.keeper import read_evaluation
 from gruppo.recipe.session import Session, read_recipe, run_path
 from gruppo.recipe.session import resume as reopen
 from gruppo.recipe.session import start as open_new
@@ -41,6 +43,10 @@ def resume(path: Path, console: Console) -> int:
 def _run(session: Session, reporter: Reporter) -> int:
     with reporter.showing(_done(session)):
         outcome = train(session.run, session.state)
+    # what an earlier process of this run has seen is in the database
+    before = outcome.before or read_evaluation(session.database, 0)
+    after = outcome.after or read_evaluation(session.database, outcome.state.step)
+    outcome = replace(outcome, before=before, after=after)
     reporter.say(summarise(outcome, session.directory.path))
     return 0
 

@@ -7,7 +7,7 @@ from gruppo.data.check import AnswerCheck, WrongAnswer, check_answers
 from gruppo.data.prompting import Prompting
 from gruppo.data.rows import Columns
 from gruppo.data.sources import DataSource, Gym, Hub, Jsonl, Parquet, TaskSource, Verl, load
-from gruppo.data.split import Fitted, Problems, View, fit, fitting, partition, split
+from gruppo.data.split import Problems, View, fitting, partition, split
 from gruppo.data.stream import Curriculum, ProblemStream
 from gruppo.data.streamed import StreamedProblems
 from gruppo.data.tasks import TASKS, Item, Task, WordProblems
@@ -18,7 +18,6 @@ __all__ = [
     "Columns",
     "Curriculum",
     "DataSource",
-    "Fitted",
     "Gym",
     "Hub",
     "Item",
@@ -35,7 +34,6 @@ __all__ = [
     "WordProblems",
     "WrongAnswer",
     "check_answers",
-    "fit",
     "fitting",
     "load",
     "partition",

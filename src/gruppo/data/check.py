@@ -17,6 +17,7 @@ from gruppo.data.split import Problems
 from gruppo.types import Problem, Score
 
 TOLERANCE = 1e-9
+_UNSCORED = "is not scored"
 
 
 class WrongAnswer(NamedTuple):
@@ -29,7 +30,10 @@ class WrongAnswer(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerCheck:
-    """Result of `check_answers`: how many were scored, how many have no answer, which failed."""
+    """Result of `check_answers`: how many were scored, how many have no answer, which failed.
+
+    A problem without an answer that the reward cannot score at all is among the failed.
+    """
 
     checked: int
     without_answer: int
@@ -39,6 +43,11 @@ class AnswerCheck:
     def ok(self) -> bool:
         """True if every answer that was scored got the maximum."""
         return not self.failed
+
+    @property
+    def share_failed(self) -> float:
+        """Share of the answers that were scored and did not get the maximum."""
+        return len(self.failed) / self.checked if self.checked else 0.0
 
     def text(self) -> str:
         """Tell the result in a few lines, with the ids of up to ten failures.
@@ -110,17 +119,16 @@ def _check(
 ) -> AnswerCheck:
     failed, checked = [], 0
     for problem in problems:
-        if problem.answer is None:
-            continue
-        checked += 1
+        answer = final_answer(problem.answer or "")
         try:
-            got = score(problem, answer_template.replace("{answer}", final_answer(problem.answer)))
+            text = _short_of(score(problem, answer_template.replace("{answer}", answer)), maximum)
         except Exception as error:  # a broken reward is what this looks for
-            failed.append(WrongAnswer(problem.id, problem.answer, f"fails with {error!r}"))
-            continue
-        text = _short_of(got, maximum)
+            text = f"fails with {error!r}"
+        if problem.answer is None and not text.startswith(_UNSCORED):
+            continue  # many answers may be right, and the reward knows them without this one
+        checked += 1
         if text:
-            failed.append(WrongAnswer(problem.id, problem.answer, text))
+            failed.append(WrongAnswer(problem.id, problem.answer or "", text))
     return AnswerCheck(
         checked=checked, without_answer=len(problems) - checked, failed=tuple(failed)
     )
@@ -133,7 +141,7 @@ def _short_of(got: Score | float | None, maximum: float) -> str:
         reason = "" if got.error is None else f" ({got.error.kind}: {got.error.text})"
     value = got.task if isinstance(got, Score) else got
     if value is None:
-        return f"is not scored{reason}"
+        return f"{_UNSCORED}{reason}"
     if not abs(value - maximum) <= TOLERANCE * max(1.0, abs(maximum)):
         return f"scores {value} instead of {maximum}{reason}"
     return ""

@@ -5,15 +5,19 @@ It reads no file: jsonl.py, parquet.py and sources.py bring the rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, final
+from datetime import date, time
+from decimal import Decimal
+from typing import ClassVar, NamedTuple, Protocol, final, runtime_checkable
 
 from gruppo.data.keyed import hash64
 from gruppo.data.prompting import Prompting, as_text
 from gruppo.types import Message, Problem
 
 MAX_REPORTED = 10
+_REMEDY = "remove the column, or write it as text"
 Row = Mapping[str, object]
 
 
@@ -126,7 +130,7 @@ class Shape:
             used = exact() if self.prompting.template != "{question}" else {}
             prompt = self.prompting({**used, "question": content[0]})
         mapped = (self.columns.question, self.columns.answer, self.columns.id)
-        info = {key: value for key, value in row.items() if key not in mapped}
+        info = {key: _kept(key, value) for key, value in row.items() if key not in mapped}
         digest = hash64(*content, "" if answer is None else answer)
         return Draft(prompt, answer, name, digest, info)
 
@@ -152,6 +156,62 @@ class Shape:
         if not text.strip():
             raise ValueError(f"field {column!r}: is empty; fill it or remove the row")
         return text
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """What NumPy's arrays and scalars have in common."""
+
+    def tolist(self) -> object: ...
+
+
+def as_json(value: object) -> object:
+    """``value`` as JSON can hold it, because a problem may have to wait in a checkpoint.
+
+    Times become ISO text, decimals their digits, arrays lists, sets sorted lists, NaN null.
+
+    >>> as_json({"day": date(2024, 1, 2), "n": [Decimal("0.10"), float("nan")]})
+    {'day': '2024-01-02', 'n': ['0.10', None]}
+
+    Raises:
+        ValueError: for bytes, infinities, tables whose keys are no text, and other objects.
+    """
+    match value:
+        case list() | set() | frozenset():
+            items = [as_json(item) for item in value]
+            return items if isinstance(value, list) else sorted(items, key=repr)
+        case tuple():  # JSON makes lists of them; a task's own checker may want its tuples
+            return tuple(as_json(item) for item in value)
+        case Mapping():
+            kinds = (all(isinstance(key, kind) for key in value) for kind in (str, int))
+            if not any(kinds):
+                raise ValueError(f"holds a table whose keys are no text, as in JSON; {_REMEDY}")
+            return {key: as_json(item) for key, item in value.items()}
+        case _Array():
+            return as_json(value.tolist())
+        case _:
+            return _scalar(value)
+
+
+def _scalar(value: object) -> str | int | float | None:
+    match value:
+        case None | int() | str():
+            return value
+        case float() if not math.isinf(value):
+            return None if math.isnan(value) else value
+        case date() | time():
+            return value.isoformat()
+        case Decimal():
+            return str(value)
+    what = value if isinstance(value, float) else f"a {type(value).__name__}"
+    raise ValueError(f"holds {what}, which JSON cannot; {_REMEDY}")
+
+
+def _kept(column: str, value: object) -> object:
+    try:
+        return as_json(value)
+    except ValueError as error:
+        raise ValueError(f"field {column!r}: {error}") from None
 
 
 @final

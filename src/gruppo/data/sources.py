@@ -201,7 +201,6 @@ class Gym:
         task: its name ("letter_counting").
         size: how many problems are generated.
         seed: another seed gives others.
-        distinct: leave out a problem whose question came before (there are then fewer than size).
         options: settings of the task.
         prompting: how the question becomes a prompt.
         label: name of the data set in metrics; the task's name if None.

@@ -1,7 +1,7 @@
 """Choosing rows: the held-out split, and the longest prompt that is allowed.
 
-`partition` and `fitting` choose positions. `split` and `fit` return lists for a list, and views for
-anything else, so that streamed data are split without being held in memory.
+`partition` and `fitting` choose positions. `split` returns lists for a list, and views for anything
+else, so that streamed data are split without being held in memory.
 """
 
 from __future__ import annotations
@@ -237,29 +237,3 @@ def fitting(
             f"(the shortest has {shortest}); raise the limit"
         )
     return kept
-
-
-class Fitted(NamedTuple):
-    """The problems that fit, and how many were dropped."""
-
-    kept: Problems
-    dropped: int
-
-
-def fit(
-    problems: Problems,
-    encode: Encode,
-    max_tokens: int,
-    *,
-    policy: Literal["drop", "error"] = "drop",
-) -> Fitted:
-    """Leave out the problems whose prompt is longer than ``max_tokens``; see `fitting`.
-
-    A list gives a list, anything else a view.
-
-    >>> rows = [Problem(id=text, prompt=(Message("user", text),)) for text in ("a b", "a b c")]
-    >>> fit(rows, lambda messages: range(len(messages[0].content.split())), 2).dropped
-    1
-    """
-    kept = fitting(problems, encode, max_tokens, policy=policy)
-    return Fitted(_take(problems, kept), len(problems) - len(kept))

@@ -7,11 +7,13 @@ sample completions and does not decide what is a pass: rates are told to it.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, final
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -87,21 +89,23 @@ class ProblemStream:
         sources: data sets with their weights (any positive scale).
         seed: seed of all choices.
         curriculum: how recorded pass rates steer; None for not at all.
+        dropped: how many problems were left out before, because their prompts are too long.
 
     Raises:
         ValueError: on an empty mixture or data set, a weight that is not positive, or two problems
-            of one list with the same id.
+            of one data set name with the same id, in one source or in two.
 
     >>> from gruppo.types import Problem
     >>> stream = ProblemStream([([Problem(id=str(i), prompt=()) for i in range(3)], 1.0)], seed=0)
     >>> sorted(problem.id for problem in stream.draw(3)), stream.epoch, stream.drawn
-    (['0', '1', '2'], 1, 3)
+    (['0', '1', '2'], 1.0, 3)
     """
 
     __slots__ = (
         "_curriculum",
         "_cursor",
         "_drawn",
+        "_dropped",
         "_history",
         "_orders",
         "_print",
@@ -116,8 +120,10 @@ class ProblemStream:
         *,
         seed: int,
         curriculum: Curriculum | None = None,
+        dropped: int = 0,
     ) -> None:
         _check_mixture(sources)
+        self._dropped = dropped
         self._sources = tuple(problems for problems, _ in sources)
         self._weights = tuple(Fraction(weight) for _, weight in sources)
         self._seed = seed
@@ -138,12 +144,14 @@ class ProblemStream:
         return self._drawn
 
     @property
-    def epoch(self) -> int:
-        """Number of complete passes over the data set that has made the fewest."""
-        return min(
-            epoch + (position == len(problems))
-            for (epoch, position), problems in zip(self._cursor, self._sources, strict=True)
-        )
+    def prompts_dropped(self) -> int:
+        """How many problems were left out, because their prompts are too long."""
+        return self._dropped
+
+    @property
+    def epoch(self) -> float:
+        """Passes so far over the data set that was gone through most often."""
+        return max(self.epochs)
 
     @property
     def epochs(self) -> tuple[float, ...]:
@@ -178,10 +186,6 @@ class ProblemStream:
     def pass_rate(self, problem: Problem) -> float | None:
         """Moving average of the recorded pass rates of ``problem``; None if there are none."""
         return self._history.get(_key(problem))
-
-    def forget(self) -> None:
-        """Drop the pass-rate history, for instance after the reward function changed."""
-        self._history.clear()
 
     def state(self) -> dict[str, object]:
         """Everything that ``restore`` needs, as JSON values."""
@@ -274,16 +278,32 @@ def _check_mixture(sources: Sequence[tuple[Problems, float]]) -> None:
             raise ValueError(f"sources: data set {number} has no problems; leave it out")
         if not 0 < weight < float("inf"):
             raise ValueError(f"weight: {weight} of data set {number} must be above 0 and finite")
+    _refuse_repeated([problems for problems, _ in sources])
+
+
+def _refuse_repeated(sources: Sequence[Problems]) -> None:
+    """Refuse two problems of one name and id, which pass rates could not tell apart.
+
+    All are read once, and 24 bytes kept of each: streamed data may be larger than memory.
+    """
+    keys = array("q", (_hash(problem) for problems in sources for problem in problems))
+    values = torch.frombuffer(keys, dtype=torch.int64).sort().values
+    repeated = set(values[1:][values[1:] == values[:-1]].tolist())
     seen: set[str] = set()
-    for problems, _ in sources:
-        if isinstance(problems, list):  # streamed rows were checked when they were indexed
-            for problem in problems:
-                if _key(problem) in seen:
-                    raise ValueError(
-                        f"sources: id {problem.id!r} of {problem.source!r} is there twice; ids "
-                        "must be unique in a data set: give equal ones another label"
-                    )
-                seen.add(_key(problem))
+    for problem in (p for problems in sources for p in problems) if repeated else ():
+        if _hash(problem) not in repeated:
+            continue
+        if _key(problem) in seen:
+            raise ValueError(
+                f"sources: id {problem.id!r} of {problem.source!r} is there twice; ids must be "
+                "unique in a data set: give equal ones another label"
+            )
+        seen.add(_key(problem))
+
+
+def _hash(problem: Problem) -> int:
+    """Hash of a problem's name and id, in the range of an int64."""
+    return hash64(problem.source, problem.id) - WORD // 2
 
 
 def _fingerprint(problems: Problems) -> str:

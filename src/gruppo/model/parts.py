@@ -35,7 +35,15 @@ def head(model: nn.Module) -> nn.Module:
 
 def text_config(model: nn.Module) -> PreTrainedConfig:
     """Configuration of the language model (a multi-modal model has several)."""
-    return causal(model).config.get_text_config()
+    return causal(model).config.get_text_config(decoder=True)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Most tokens the model can read, prompt and completion together; None if it states none."""
+    config = text_config(model)
+    name = "max_position_embeddings"
+    length = config.to_dict().get(config.attribute_map.get(name, name))
+    return None if length is None else int(length)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -94,6 +94,8 @@ def load(
             trust_remote_code=False,
             output_loading_info=True,
         )
+        # what a saved adapter calls its base: for a packaged model not the cache's folder
+        model.name_or_path = name
         _refuse_incomplete(name, info)
         check_vocabulary(name, model, tokenizer)
         prepare_model(model.to(device), report=report)

@@ -40,7 +40,9 @@ from gruppo.objective.credit import (
     KLInReward,
     PlainCredit,
     Reweight,
+    innermost,
     outcome,
+    reads_total,
 )
 from gruppo.objective.credit_base import (
     Credit,
@@ -80,9 +82,8 @@ from gruppo.objective.estimate import (
     standard_error,
 )
 from gruppo.objective.filters import (
-    MeanInside,
     Refill,
-    Varied,
+    mean_inside,
     offline_pass_rate,
     refill,
     solved_prompts,
@@ -126,7 +127,6 @@ from gruppo.objective.masks import (
     ZeroReward,
     loss_mask,
     mask_from_stop,
-    trained_rows,
 )
 from gruppo.objective.pairs import (
     dpo_loss,
@@ -248,7 +248,6 @@ __all__ = [
     "Luspo",
     "MaskAfter",
     "MaxRl",
-    "MeanInside",
     "Objective",
     "OffPolicySequenceMask",
     "Opo",
@@ -289,7 +288,6 @@ __all__ = [
     "TopEntropy",
     "Totals",
     "Truncation",
-    "Varied",
     "Vespo",
     "Weights",
     "ZeroReward",
@@ -311,6 +309,7 @@ __all__ = [
     "gpg_alpha",
     "gradient_scale",
     "implicit_reward",
+    "innermost",
     "inverse_std",
     "ipo_loss",
     "is_fresh",
@@ -325,6 +324,7 @@ __all__ = [
     "make_rows",
     "mask_from_stop",
     "may_start",
+    "mean_inside",
     "mismatch",
     "mix",
     "offline_pass_rate",
@@ -335,6 +335,7 @@ __all__ = [
     "pass_hat_k",
     "policy_gradient",
     "rae",
+    "reads_total",
     "refill",
     "returns_to_go",
     "row_mean",
@@ -346,7 +347,6 @@ __all__ = [
     "standard_error",
     "token_covariance",
     "token_rewards",
-    "trained_rows",
     "value_loss",
     "vapo_lambda",
     "whiten",

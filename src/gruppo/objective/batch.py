@@ -1,7 +1,8 @@
 """Batch arithmetic: rows, optimizer steps and accumulation, with the divisions checked.
 
 Peers count differently (verl's mini-batch is in prompts; TRL's, OpenRLHF's and slime's in
-completions); here a *row* is a completion.
+completions); here a *row* is a completion. For translating a peer's settings: the training loop
+does not call it, since its mini-batches are whole groups and its micro-batches counted in tokens.
 """
 
 from __future__ import annotations

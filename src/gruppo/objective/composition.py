@@ -24,6 +24,7 @@ from gruppo.objective.credit import (
     Process,
     ReinforcePP,
     Reweight,
+    innermost,
 )
 from gruppo.objective.entropy import EntropyTerm
 from gruppo.objective.keep import (
@@ -119,6 +120,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         for check in (
+            _refuse_unknown_needs,
             _refuse_row_loss_weights,
             _refuse_row_loss_parts,
             _refuse_double_correction,
@@ -128,13 +130,13 @@ class Objective:
 
     @property
     def coefficients(self) -> Coefficients:
-        """β and α of the first step, before any control."""
-        alpha = 0.0
-        if self.entropy is not None and self.entropy.adaptive is None:
-            alpha = self.entropy.coef
-        elif self.entropy is not None and self.entropy.adaptive is not None:
-            alpha = self.entropy.adaptive.start(self.entropy.coef)[1]
-        return Coefficients(kl=self.kl.beta if self.kl is not None else 0.0, entropy=alpha)
+        """β and α of the first step; controllers move them from there."""
+        kl, entropy = self.kl, self.entropy
+        beta, alpha = kl.beta if kl else 0.0, entropy.coef if entropy else 0.0
+        return Coefficients(
+            kl=kl.adaptive.start(beta)[1] if kl and kl.adaptive else beta,
+            entropy=entropy.adaptive.start(alpha)[1] if entropy and entropy.adaptive else alpha,
+        )
 
     @property
     def needs_reference(self) -> bool:
@@ -142,10 +144,9 @@ class Objective:
         return (self.kl is not None and self.kl.active) or "ref_logp" in self.credit.needs
 
     @property
-    def needs_entropy(self) -> bool:
-        """Must the forward give entropies, for the bonus or for the selection."""
-        selects = self.select is not None and self.select.needs_entropy
-        return selects or (self.entropy is not None and self.entropy.active)
+    def ratio_of_rows(self) -> bool:
+        """Does the loss have one importance ratio per completion, not one per token."""
+        return self.surrogate.level == "sequence" or isinstance(self.surrogate, GspoToken)
 
     @property
     def needs_greedy(self) -> bool:
@@ -177,16 +178,20 @@ class Objective:
             return True
         return num_updates > 1 and not self.surrogate.bypass
 
-    @property
-    def evidence(self) -> frozenset[str]:
-        """Names of the ``Evidence`` fields that are needed whatever the number of updates."""
-        reference = frozenset({"ref_logp"}) if self.needs_reference else frozenset[str]()
-        return (self.credit.needs - {"greedy"}) | reference
-
 
 def _name(part: object) -> str:
     """The class of a part, for messages."""
     return type(part).__name__
+
+
+def _refuse_unknown_needs(objective: Objective) -> None:
+    """A credit can read what some pass gives, and nothing else."""
+    unknown = sorted(objective.credit.needs - {"old_logp", "ref_logp", "greedy"})
+    if unknown:
+        raise ValueError(
+            f"credit = {objective.credit!r}: it needs {unknown[0]}, which no pass gives; there are "
+            "old_logp, ref_logp and greedy"
+        )
 
 
 def _refuse_row_loss_weights(objective: Objective) -> None:
@@ -221,11 +226,10 @@ def _refuse_row_loss_parts(objective: Objective) -> None:
 
 def _varies_in_row(credit: object) -> bool:
     """Do the advantages of one completion differ between its tokens."""
-    if isinstance(credit, Reweight | KLInReward):
-        return _varies_in_row(credit.credit)
-    if isinstance(credit, ReinforcePP):
-        return credit.beta > 0 or credit.gamma < 1
-    return isinstance(credit, Process)
+    inner = innermost(credit)
+    if isinstance(inner, ReinforcePP):
+        return inner.beta > 0 or inner.gamma < 1
+    return isinstance(inner, Process)
 
 
 def _refuse_double_correction(objective: Objective) -> None:

@@ -108,6 +108,7 @@ def mix(
 ) -> Float[Tensor, "*shape"]:
     """Reference refresh: α·policy + (1 − α)·reference; α = 1 is a hard copy.
 
+    The formula by itself: ``Policy.sync_reference`` applies it in place, parameter by parameter.
     Source: TR-DPO, arXiv 2404.09656, soft update; TRL's ``ref_model_mixup_alpha``.
     """
     if not 0.0 <= alpha <= 1.0:

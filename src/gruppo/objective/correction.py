@@ -334,7 +334,9 @@ def mismatch(
     - ``ess`` = (Σw)²/(N Σw²) and ``frac_truncated`` for the weights w = min(e^x, cap).
     - ``frac_missing``: share of trained tokens without an engine log-probability.
 
-    All are 0 (``ess`` and ``prob_correlation`` 1) when nothing is trained.
+    All are 0 (``ess`` and ``prob_correlation`` 1) when nothing is trained. For looking at whole
+    tensors: a training step logs the ``is/`` sums of ``gruppo.update.live_metrics``, which add up
+    over micro-batches, leave tokens without an engine log-probability out, and cap nothing.
     """
     old, engine = old_logp.detach().double(), engine_logp.detach().double()
     known = mask & engine.isfinite()

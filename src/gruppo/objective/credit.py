@@ -75,7 +75,9 @@ __all__ = [
     "Rloo",
     "combine_parts",
     "dead_groups",
+    "innermost",
     "outcome",
+    "reads_total",
 ]
 
 PlainCredit = (
@@ -101,7 +103,9 @@ class KLInReward:
     """Subtracts β·Σ_t (log π_old − log π_ref) from each row's reward, then asks ``credit``.
 
     The sum runs over trained tokens, with log-ratios clamped to ±20 per token. k1 in the reward
-    has the gradient of the true sequence KL. Source: RLOO, arXiv 2402.14740; ReMax, arXiv
+    has the gradient of the true sequence KL. Refused around a credit that does not read the total
+    reward (``Gdpo``, ``Process``), or cannot take what the penalty makes of it (``PasskAnalytic``
+    binary rewards only, ``MaxRl`` no negative ones). Source: RLOO, arXiv 2402.14740; ReMax, arXiv
     2310.10505 (whose greedy reward stays without penalty).
     """
 
@@ -113,6 +117,18 @@ class KLInReward:
 
     def __post_init__(self) -> None:
         check_not_negative("beta", self.beta)
+        inner = innermost(self.credit)
+        if not reads_total(inner):
+            raise ValueError(
+                f"credit = {self.credit!r}: it does not read the total reward, so a KL penalty "
+                "in it has no effect; leave kl_in_reward out and use a KL term in the loss"
+            )
+        if isinstance(inner, PasskAnalytic | MaxRl):
+            wanted = "rewards of 0 and 1" if isinstance(inner, PasskAnalytic) else "rewards ≥ 0"
+            raise ValueError(
+                f"credit = {self.credit!r}: it needs {wanted}, and a KL penalty makes other ones "
+                "of them; leave kl_in_reward out and use a KL term in the loss"
+            )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -187,6 +203,26 @@ class Reweight:
             advantage = advantage.clamp(-self.clip, self.clip)
         positive, negative = advantage * self.pos_scale, advantage * self.neg_scale
         return torch.where(advantage > 0.0, positive, negative)
+
+
+def innermost(credit: object) -> object:
+    """The estimator inside any number of ``KLInReward`` and ``Reweight``.
+
+    >>> innermost(Reweight(credit=KLInReward(credit=Rloo(), beta=0.1))).kind
+    'rloo'
+    """
+    while isinstance(credit, KLInReward | Reweight):
+        credit = credit.credit
+    return credit
+
+
+def reads_total(credit: object) -> bool:
+    """Whether the total reward reaches the advantages, not only which rows are scored.
+
+    ``Gdpo`` reads the parts of the reward and ``Process`` its steps; what changes the total alone
+    (a KL penalty, a shaping term, a truncation rule) does nothing to them.
+    """
+    return not isinstance(innermost(credit), Gdpo | Process)
 
 
 def outcome(

@@ -22,9 +22,9 @@ class Credit(Protocol):
     """Turns the rewards of a rollout into advantages, once per rollout batch.
 
     Returns [B] (one advantage for every token of the row) or [B, T], float64 on the host, with 0
-    on unscored rows. ``needs`` names the evidence that it reads ("old_logp", "ref_logp", "values",
-    "greedy"); ``min_group`` is the smallest group it can say anything about; ``centred`` tells
-    that the advantages of the scored rows sum to 0 in each group.
+    on unscored rows. ``needs`` names the evidence that it reads ("old_logp", "ref_logp", "greedy":
+    there is no other); ``min_group`` is the smallest group it can say anything about; ``centred``
+    tells that the advantages of the scored rows sum to 0 in each group.
     """
 
     @property

@@ -206,7 +206,9 @@ class MaxRl:
     """Reward minus group mean, over the group mean: A = (R − μ)/μ, 0 where μ = 0.
 
     Weights hard prompts by 1/μ; |A| ≤ n − 1. Only for rewards ≥ 0: with mixed signs μ may be
-    arbitrarily close to 0 while rewards are not. Source: MaxRL, arXiv 2602.02710.
+    arbitrarily close to 0 while rewards are not. A recipe whose settings can make a reward negative
+    is refused; a reward function that does so all the same stops the run there. Source: MaxRL,
+    arXiv 2602.02710.
     """
 
     kind: Literal["maxrl"] = "maxrl"
@@ -293,9 +295,10 @@ class Gdpo:
 
     Z^k = group-normalised part k (as ``Grpo``), S = Σ_k w_k Z^k, A = (S − mean S)/(σ(S) + eps) with
     mean and σ over the scored rows of the batch. Unlike normalising the sum, it keeps apart
-    combinations of parts whose sums coincide. A part that abstained has Z^k = 0. Reward shaping
-    that is no part is not seen. ``ddof`` as in ``Grpo``. Source: GDPO, arXiv 2601.05242 (TRL:
-    "normalize_then_sum"; verl whitens by tokens instead of rows).
+    combinations of parts whose sums coincide. A part that abstained has Z^k = 0. The total is read
+    only for which rows are scored: shaping terms and truncation rules that change it do nothing
+    here, and recipes that have them are refused. ``ddof`` as in ``Grpo``. Source: GDPO, arXiv
+    2601.05242 (TRL: "normalize_then_sum"; verl whitens by tokens instead of rows).
     """
 
     kind: Literal["gdpo"] = "gdpo"

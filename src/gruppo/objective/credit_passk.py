@@ -77,8 +77,9 @@ class PasskAnalytic:
 
     With N rows, N⁻ wrong ones, F = C(N⁻, k)/C(N, k) and σ = √(F(1 − F)): a right row gets
     A⁺ = F/σ, a wrong one A⁻ = (F − C(N⁻−1, k−1)/C(N−1, k−1))/σ; σ = 0 gives 0. k = 1 is ``Grpo``
-    with population σ. Rewards must be 0 or 1 (or −1 and 1); groups with fewer than k scored rows
-    get 0. Source: arXiv 2508.10751.
+    with population σ. Rewards must be 0 or 1 (or −1 and 1): a recipe whose settings make others of
+    them is refused, a reward function that gives others all the same stops the run there. Groups
+    with fewer than k scored rows get 0. Source: arXiv 2508.10751.
 
     Example:
         >>> from gruppo.objective.credit import outcome

@@ -69,8 +69,3 @@ class EntropyTerm:
             self.coef,
             "must not be negative: entropy is rewarded; 0 is off",
         )
-
-    @property
-    def active(self) -> bool:
-        """Does the term contribute, now or later."""
-        return self.coef > 0 or self.adaptive is not None

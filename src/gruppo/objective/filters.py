@@ -1,74 +1,33 @@
-"""Which groups and prompts are worth training on: pure rules, applied by whoever collects groups.
+"""Which groups and prompts are worth training on: pure rules, and the loop that samples others.
 
-Rules read the unshaped task metric of a group's completions (None: unscored), so that shaping
-cannot turn a dead group into a live one. What to do with groups that fail (train anyway, drop,
-sample others) is the caller's choice; ``refill`` is the loop that samples others.
+``refill`` is that loop; rollouts are collected by it. The other rules are published ones that no
+part of the training loop applies: what it goes by is ``gruppo.types.is_live`` (DAPO's dynamic
+sampling, arXiv 2503.14476, eq. 11). What to do with groups that fail is the caller's choice.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, TypeVar
-
-from gruppo.objective.credit_base import check_not_negative
-from gruppo.types import ZERO_TOL, is_live
+from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
 
-def _scored(metric: Sequence[float | None]) -> list[float]:
-    """The finite values."""
-    return [value for value in metric if value is not None and math.isfinite(value)]
+def mean_inside(metric: Sequence[float | None], *, low: float = 0.0, high: float = 1.0) -> bool:
+    """Whether a group's mean task metric lies strictly between ``low`` and ``high``.
 
+    With (0, 1) and binary rewards that is ``gruppo.types.is_live``, which is the rule of the
+    training loop; a narrower interval also drops groups that are nearly solved or nearly hopeless.
+    Published for comparison (OpenRLHF's dynamic filtering), not used by the loop.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Varied:
-    """Keeps a group whose task metric is not the same for all scored rows (standard deviation > 0).
-
-    Source: DAPO's dynamic sampling, arXiv 2503.14476, eq. 11; NeMo-RL.
-
-    Example:
-        >>> Varied()([1.0, 0.0]), Varied()([1.0, 1.0]), Varied()([1.0, None])
-        (True, False, False)
+    >>> mean_inside([1.0, None, 0.0]), mean_inside([1.0, 1.0])
+    (True, False)
     """
-
-    kind: Literal["varied"] = "varied"
-    zero_tol: float = ZERO_TOL
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    def __post_init__(self) -> None:
-        check_not_negative("zero_tol", self.zero_tol)
-
-    def __call__(self, metric: Sequence[float | None]) -> bool:
-        """True if the group is to be kept."""
-        return is_live(_scored(metric), tol=self.zero_tol)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeanInside:
-    """Keeps a group whose mean task metric lies strictly between ``low`` and ``high``.
-
-    With (0, 1) and binary rewards that is ``Varied``; a narrower interval also drops groups that
-    are nearly solved or nearly hopeless. Source: OpenRLHF's dynamic filtering.
-    """
-
-    kind: Literal["mean_inside"] = "mean_inside"
-    low: float = 0.0
-    high: float = 1.0
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    def __post_init__(self) -> None:
-        if not self.low < self.high:
-            raise ValueError(f"low = {self.low} must be below high = {self.high}")
-
-    def __call__(self, metric: Sequence[float | None]) -> bool:
-        """True if the group is to be kept."""
-        scored = _scored(metric)
-        return bool(scored) and self.low < sum(scored) / len(scored) < self.high
+    if not low < high:
+        raise ValueError(f"low = {low} must be below high = {high}")
+    scored = [value for value in metric if value is not None]
+    return bool(scored) and low < sum(scored) / len(scored) < high
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +94,8 @@ def solved_prompts(
 ) -> tuple[str, ...]:
     """Prompts to remove for good: historical pass rate at or above ``threshold``.
 
+    The training loop removes none by itself: this is for preparing data.
+
     Args:
         history: Prompt id → (completions scored so far, right ones).
         threshold: Pass rate from which a prompt has nothing left to teach.
@@ -154,6 +115,8 @@ def offline_pass_rate(
     rates: Mapping[str, float], *, low: float = 0.125, high: float = 0.5
 ) -> tuple[str, ...]:
     """Prompts to keep before training: low < pass rate of the start model ≤ high.
+
+    For preparing data; the training loop does not call it.
 
     The defaults keep prompts with 2 to 4 right answers of 8. Source: INTELLECT-2, arXiv
     2505.07291.

@@ -221,8 +221,8 @@ def compute_loss(objective: Objective, live: Live, rows: Rows, coefficients: Coe
 
     Args:
         objective: The parts.
-        live: The training forward of exactly these rows; ``entropy`` is needed if β or α say so.
-            The rows' mask is the one in force.
+        live: The training forward of exactly these rows. Its ``entropy`` is differentiated only
+            where α is not 0, else it is a number for the log. The rows' mask is the one in force.
         rows: From ``make_rows`` (and ``take``).
         coefficients: β and α of this step.
 

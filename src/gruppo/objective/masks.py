@@ -49,11 +49,6 @@ def loss_mask(generated: Bool[Tensor, "B T"], own: Bool[Tensor, "B T"]) -> Bool[
     return generated & own
 
 
-def trained_rows(rollout: Rollout) -> Bool[Tensor, "B"]:
-    """Rows with a policy gradient to give: scored, and at least one trained token."""
-    return torch.isfinite(rollout.total) & rollout.mask.any(1).to(rollout.total.device)
-
-
 @runtime_checkable
 class Truncation(Protocol):
     """What becomes of truncated rows before credit is assigned."""
@@ -113,7 +108,10 @@ class ExcludeBefore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroReward:
-    """Truncated rows score 0, even where an answer was found. Source: Dr. GRPO's code (oat)."""
+    """Truncated rows score 0, even where an answer was found. Source: Dr. GRPO's code (oat).
+
+    It changes the total, so a recipe whose credit does not read that (``Gdpo``) is refused.
+    """
 
     kind: Literal["zero_reward"] = "zero_reward"
 
@@ -129,6 +127,7 @@ class ZeroReward:
 class Penalty:
     """Truncated rows score ``value`` if it is negative, else their reward times ``value``.
 
+    It changes the total, so a recipe whose credit does not read that (``Gdpo``) is refused.
     Source: OpenRLHF's ``stop_properly_penalty_coef``.
     """
 

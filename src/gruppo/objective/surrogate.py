@@ -29,8 +29,7 @@ Level = Literal["token", "sequence"]
 class Live:
     """What the training forward gave: log-probabilities [B, T] with gradient, in nats.
 
-    ``entropy`` [B, T] (with gradient) only where the objective asks for it; ``mask`` is True on
-    trained tokens.
+    ``entropy`` [B, T] with gradient, for the entropy term; ``mask`` is True on trained tokens.
 
     Example:
         >>> live = Live(logp=torch.zeros(1, 2), entropy=None, mask=torch.tensor([[True, False]]))

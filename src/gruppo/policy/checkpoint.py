@@ -42,6 +42,7 @@ __all__ = [
     "Entry",
     "Manifest",
     "NewerFormatError",
+    "check_space",
     "latest",
     "prune",
     "read_json",
@@ -120,7 +121,7 @@ def save(
     with naming(final):
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
-        _check_space(folder, need)
+        check_space(folder, need)
         try:
             temporary.mkdir()
             write(temporary)
@@ -316,7 +317,16 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found.items(), reverse=True)
 
 
-def _check_space(folder: Path, need: int | None) -> None:
+def check_space(folder: Path, need: int | None = None) -> None:
+    """Refuse to begin what the disk of ``folder`` cannot hold.
+
+    Args:
+        folder: A folder that exists.
+        need: Bytes to be written; by default the size of the newest checkpoint in it.
+
+    Raises:
+        OSError: Too little is free; the text says how much is and how much it takes.
+    """
     if need is None:
         newest = [path for _, path in _checkpoints(folder)[:1]]
         need = sum(file.lstat().st_size for path in newest for file in path.rglob("*"))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,7 @@ from gruppo.model import (
     is_adapted,
     is_autocast,
     merged_weights,
+    save_adapter,
     without_adapter,
 )
 from gruppo.model.parts import causal, device_of
@@ -284,8 +285,7 @@ class Policy:
         if adapter_only and not is_adapted(self.model):
             raise ValueError("adapter_only: this model has no adapter; save it whole")
         if adapter_only:
-            # "auto" would ask the hub whether the base model's vocabulary was changed
-            cast(Any, self.model).save_pretrained(folder, save_embedding_layers=False)
+            save_adapter(self.model, folder)
         else:
             base = causal(base_model(self.model))
             base.save_pretrained(folder, state_dict=self.weights())

@@ -7,7 +7,7 @@ is slow or worth knowing is told to ``report``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import torch
@@ -16,12 +16,17 @@ from gruppo.data import ProblemStream
 from gruppo.engine import LocalEngine
 from gruppo.evaluate import Evaluator
 from gruppo.model import Encoder, Loaded, attach, compute_dtype, end_ids, load
+from gruppo.model.parts import context_length
 from gruppo.objective import Objective
 from gruppo.policy import Policy
-from gruppo.recipe.problems import Splits, open_problems, refuse_wrong_grading
+from gruppo.recipe.answers import refuse_wrong_grading
+from gruppo.recipe.problems import (
+    Splits,
+    open_problems,
+    prompt_limit,
+)
 from gruppo.recipe.recipe import ModelSection, Recipe
-from gruppo.reward import Function, Math, Number, RewardSet
-from gruppo.reward.extract import find_answer
+from gruppo.reward import Function, RewardSet
 from gruppo.rollout import Rollouts
 
 Report = Callable[[str], None]
@@ -41,7 +46,10 @@ class Opened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """Everything a recipe stands for but the run directory."""
+    """Everything a recipe stands for but the run directory.
+
+    ``recipe`` says which device and number format are used where the recipe given said "auto".
+    """
 
     recipe: Recipe
     opened: Opened
@@ -58,6 +66,21 @@ class Parts:
         self.opened.engine.close()
 
 
+def pin(section: ModelSection) -> ModelSection:
+    """Return ``section`` with the device and number format that "auto" means on this machine.
+
+    They are recorded with a run, because a format that is measured anew may come out otherwise.
+
+    Raises:
+        ValueError: the device is not here.
+    """
+    device = _device(section.device)
+    compute = section.compute
+    if compute == "auto":
+        compute = "bfloat16" if compute_dtype(device) == torch.bfloat16 else "float32"
+    return replace(section, device=device, compute=compute)
+
+
 def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
     """Open the model of ``section`` (not always the recipe's: a checkpoint may take its place).
 
@@ -65,12 +88,12 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
         ValueError: a model, device or format that cannot be used.
         OSError: a download or the disk failed.
     """
-    device = _device(section.device)
-    dtype = compute_dtype(device) if section.compute == "auto" else _DTYPES[section.compute]
-    report(f"model: {section.name} on {device}, products in {str(dtype).removeprefix('torch.')}")
+    section = pin(section)
+    dtype = _DTYPES[section.compute]
+    report(f"model: {section.name} on {section.device}, products in {section.compute}")
     loaded = load(
         section.name,
-        device=device,
+        device=section.device,
         revision=section.revision,
         gradient_checkpointing=section.gradient_checkpointing,
         report=report,
@@ -112,9 +135,15 @@ def resolve(recipe: Recipe, report: Report) -> Parts:
     """
     reward = open_rewards(recipe)
     try:
+        recipe = replace(recipe, model=pin(recipe.model))
         opened = open_model(recipe.model, recipe, report)
-        problems = open_problems(recipe.data, opened.encoder.encode, report)
-        refuse_wrong_grading(recipe.reward, reward, problems.train[0][0], report)
+        problems = open_problems(
+            recipe.data,
+            opened.encoder.encode,
+            report,
+            max_prompt_tokens=prompt_limit(recipe, context_length(opened.model)),
+        )
+        refuse_wrong_grading(recipe.reward, reward, problems, report)
         return _assemble(recipe, opened, reward, problems)
     except BaseException:
         reward.close()
@@ -137,7 +166,10 @@ def _assemble(recipe: Recipe, opened: Opened, reward: RewardSet, problems: Split
         encoder=opened.encoder,
         reward=reward,
         stream=ProblemStream(
-            problems.train, seed=recipe.train.seed, curriculum=recipe.data.curriculum
+            problems.train,
+            seed=recipe.train.seed,
+            curriculum=recipe.data.curriculum,
+            dropped=problems.dropped,
         ),
         settings=recipe.rollout,
         seed=recipe.train.seed,
@@ -168,18 +200,7 @@ def make_evaluator(
         problems=problems.held_out,
         settings=recipe.eval,
         sampling=recipe.rollout.sampling(opened.encoder.stop_tokens),
-        extract=_answer_reader(reward),
     )
-
-
-def _answer_reader(reward: RewardSet) -> Callable[[str], str | None] | None:
-    """How the task reward finds a completion's answer, for majority votes; None if it does not."""
-    task = next(part.reward for part in reward.parts if part.name == reward.task_names[0])
-    match task:
-        case Number(where=where) | Math(where=where):
-            return lambda text: find_answer(text, where).text or None
-        case _:
-            return None
 
 
 def _reference(recipe: Recipe, objective: Objective) -> Literal["none", "copy", "adapter"]:
@@ -193,6 +214,23 @@ def _reference(recipe: Recipe, objective: Objective) -> Literal["none", "copy", 
 def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f'model.device = "{name}": no CUDA device is usable here; use "auto"')
+    if not _is_here(torch.device(name)):
+        raise ValueError(
+            f'model.device = "{name}": torch can use no such device here; choose another, such as '
+            '"cpu". A run keeps its device in its recipe.toml: change it there to resume, or for '
+            "eval and chat with --set model.device=cpu"
+        )
     return name
+
+
+def _is_here(device: torch.device) -> bool:
+    index = device.index or 0
+    match device.type:
+        case "cuda":
+            return torch.cuda.is_available() and index < torch.cuda.device_count()
+        case "xpu":
+            return torch.xpu.is_available() and index < torch.xpu.device_count()
+        case "mps":
+            return torch.backends.mps.is_available()
+        case _:
+            return True

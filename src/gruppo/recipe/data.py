@@ -46,7 +46,9 @@ class DataSection:
     ``weight``. ``held_out`` problems are taken out of them for evaluation, in the same proportions
     (equal prompts stay together); ``test`` are further sources for evaluation only. Prompts of more
     than ``max_prompt_tokens`` are left out, counted and told (``too_long = "drop"``), or refused
-    ("error"). ``curriculum`` lets earlier pass rates steer the draw; ``seed`` draws the split.
+    ("error"). Unless set, it is 1024, or what ``max_tokens`` of rollout and evaluation leave of the
+    model's context if that is less; a number for which the context has no room is refused.
+    ``curriculum`` lets earlier pass rates steer the draw; ``seed`` draws the split.
     ``chat = false`` sends prompts as plain text to models without a chat template;
     ``template_options`` go to the template (``enable_thinking``, say).
     """
@@ -56,7 +58,7 @@ class DataSection:
     train: tuple[AnySource, ...]
     test: tuple[AnySource, ...] = ()
     held_out: int = 0
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: int | None = None
     too_long: Literal["drop", "error"] = "drop"
     chat: bool = True
     template_options: Mapping[str, Any] = field(default_factory=dict)
@@ -71,5 +73,5 @@ class DataSection:
                 raise ValueError(f"weight = {source.weight}: must be above 0")
         if self.held_out < 0:
             raise ValueError(f"held_out = {self.held_out}: must be 0 or more problems")
-        if self.max_prompt_tokens < 1:
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise ValueError(f"max_prompt_tokens = {self.max_prompt_tokens}: must be at least 1")

@@ -5,6 +5,7 @@ Arithmetic only; it opens nothing. Token counts are upper bounds, because comple
 
 from __future__ import annotations
 
+from gruppo.recipe.answers import describe_check
 from gruppo.recipe.recipe import Recipe
 
 _FILTERS = {
@@ -17,7 +18,8 @@ _FILTERS = {
 
 def describe(recipe: Recipe) -> str:
     """The batch arithmetic of ``recipe``, one fact a line."""
-    return "\n".join([*_rollout(recipe), *_updates(recipe), *_evaluation(recipe)])
+    lines = [*_rollout(recipe), *_updates(recipe), *_evaluation(recipe)]
+    return "\n".join([*lines, describe_check(recipe.reward)])
 
 
 def _rollout(recipe: Recipe) -> list[str]:

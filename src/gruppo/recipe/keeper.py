@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,9 +25,9 @@ from gruppo.policy import Policy, checkpoint
 from gruppo.policy.checkpoint import read_json, read_tensors, write_json, write_tensors
 from gruppo.recipe.recipe import RecordSection
 from gruppo.recipe.widen import value_of
-from gruppo.record import Database, RunDirectory, dump_step, replay_command
+from gruppo.record import Database, RunDirectory, StoredSample, dump_step, replay_command
 from gruppo.train import TrainState
-from gruppo.types import Group
+from gruppo.types import Completion, Group, Problem, Score
 from gruppo.update import Targets
 
 MODEL: Final = "model"
@@ -34,6 +35,7 @@ _TENSORS: Final = "state.safetensors"
 _STATE: Final = "state.json"
 _RNG: Final = "rng"
 _WEIGHT: Final = "model."  # prefix of the policy's own tensors that are trained weights
+_ADAMW_MOMENTS: Final = 2  # per trained weight, of its size
 _SAMPLES: Final = 20  # greedy completions kept of every evaluation, to show before and after
 
 
@@ -71,7 +73,10 @@ class RunKeeper:
         if self.saved == state.step:
             return
         self._path = checkpoint.save(
-            self.directory.checkpoints, lambda folder: self._write(folder, state), step=state.step
+            self.directory.checkpoints,
+            lambda folder: self._write(folder, state),
+            step=state.step,
+            need=bytes_needed(self.policy, adapter=self.adapter),
         )
         self.saved = state.step
         best = frozenset({state.best_step}) if self.settings.keep_best else frozenset()
@@ -107,6 +112,64 @@ class RunKeeper:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in there}
         write_tensors(folder / _TENSORS, {**tensors, _RNG: state.rng})
         write_json(folder / _STATE, {"policy": scalars, "train": _state_table(state)})
+
+
+def bytes_needed(policy: Policy, *, adapter: bool, moves_reference: bool = False) -> int:
+    """Bytes of the tensors in a checkpoint, from their sizes; a bound before the first update.
+
+    Args:
+        policy: What is to be saved.
+        adapter: Whether ``model/`` will hold the adapter alone.
+        moves_reference: Whether a reference that is not moved yet will be.
+    """
+    tensors, scalars = policy.state()
+    trained = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith(_WEIGHT))
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    if not any(name.startswith("optim.") for name in tensors):
+        needed += _ADAMW_MOMENTS * trained
+    whole = trained if adapter else _size_of(policy.weights())
+    if moves_reference and not scalars["reference_updates"]:
+        needed += _size_of(dict(policy.model.named_parameters()))
+    # trained weights that model/ holds under their names are not written a second time
+    return needed + whole - (0 if adapter else min(trained, whole))
+
+
+def _size_of(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of ``tensors``; memory that several share (tied weights) counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())
+
+
+def read_evaluation(database: Database, step: int) -> Evaluation | None:
+    """The recorded evaluation after ``step`` with the completions kept of it; None: there is none.
+
+    Completions have their text, not their tokens. They are in ``greedy`` if one was kept of each
+    problem, else in ``sampled``.
+    """
+    series = database.evaluations()
+    metrics = {name: dict(points)[step] for name, points in series.items() if step in dict(points)}
+    if not metrics:
+        return None
+    samples = database.samples(step)
+    graded = tuple(
+        _graded(list(rows)) for _, rows in groupby(samples, key=lambda s: (s.source, s.problem))
+    )
+    if all(len(item.completions) == 1 for item in graded):
+        return Evaluation(metrics=metrics, greedy=graded)
+    return Evaluation(metrics=metrics, sampled=graded)
+
+
+def _graded(rows: Sequence[StoredSample]) -> Graded:
+    first = rows[0]
+    return Graded(
+        problem=Problem(
+            id=first.problem, prompt=first.prompt, answer=first.answer, source=first.source
+        ),
+        completions=tuple(
+            Completion(tokens=(), logp=(), mask=(), version=(), text=row.text, finish=row.finish)
+            for row in rows
+        ),
+        scores=tuple(Score(total=row.total, task=row.task) for row in rows),
+    )
 
 
 def as_group(graded: Graded) -> Group:

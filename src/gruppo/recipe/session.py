@@ -7,21 +7,22 @@ sure that all of them are closed. The loop itself is ``gruppo.train``.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from gruppo.budget import Budget
 from gruppo.policy import checkpoint
 from gruppo.recipe.build import Parts, Report, resolve
 from gruppo.recipe.dump import dump
-from gruppo.recipe.keeper import RunKeeper, read_checkpoint
+from gruppo.recipe.keeper import RunKeeper, bytes_needed, read_checkpoint
 from gruppo.recipe.load import from_table
 from gruppo.recipe.recipe import Recipe
-from gruppo.recipe.source import parse
-from gruppo.record import Database, RunDirectory
+from gruppo.recipe.source import override, parse
+from gruppo.record import Database, RunDirectory, Tracker, check_unused, library
 from gruppo.train import Run, TrainState
 from gruppo.types import Callback
 
@@ -51,16 +52,22 @@ def start(
 
     Nothing is written before all parts are there. Raises:
         ValueError: the directory is in use, or something in the recipe cannot be used.
-        OSError: a file, download or hub failed.
+        ImportError: a tracker is not installed.
+        OSError: a file, download or hub failed, or the disk is too small for a checkpoint.
     """
+    budget = Budget()
+    check_unused(path)  # most likely it is taken: say so before a model is opened
+    for tracker in recipe.record.trackers:
+        library(tracker.kind)
     with ExitStack() as stack:
-        directory = None
-        if path.exists():  # most likely it is taken: say so before a model is opened
-            directory = stack.enter_context(RunDirectory.create(path, dump(recipe)))
         parts = _resolve(stack, recipe, report)
-        if directory is None:
-            directory = stack.enter_context(RunDirectory.create(path, dump(recipe)))
-        yield _open(stack, parts, directory, callbacks=callbacks)
+        _check_space(parts, path)
+        asked = {key: value for key, value in _chosen(recipe) if value == "auto"}
+        meta = {"asked": asked} if asked else {}
+        directory = stack.enter_context(RunDirectory.create(path, dump(parts.recipe), meta=meta))
+        database = stack.enter_context(_database(directory, recipe))
+        told = (*callbacks, *_trackers(stack, directory, recipe, resumed_after=None))
+        yield _session(parts, directory, database, state=None, callbacks=told, budget=budget)
 
 
 @contextmanager
@@ -68,28 +75,29 @@ def resume(path: Path, report: Report, *, callbacks: Sequence[Callback] = ()) ->
     """Open the run in ``path`` as it was after its newest intact checkpoint.
 
     Raises:
-        ValueError: it is no run, in use, or made with other data or another model.
+        ValueError: it is no run, in use, made with other data or another model, or on a device
+            that is not here.
+        ImportError: a tracker is not installed.
         OSError: a file failed, or every checkpoint is damaged.
     """
+    budget = Budget()
     with ExitStack() as stack:
         directory = stack.enter_context(RunDirectory.open(path))
         recipe = read_recipe(directory)
         parts = _resolve(stack, recipe, report)
-        session = _open(stack, parts, directory, callbacks=callbacks)
-        found, damaged = checkpoint.latest(directory.checkpoints)
-        for text in damaged:
-            report(f"damaged, passed over: {text}")
-        if found is None:  # it ended before its first checkpoint: from the start
-            session.database.truncate_after(0)
-            yield session
-        else:
-            yield _restored(session, found)
+        _check_space(parts, path)
+        database = stack.enter_context(_database(directory, recipe))
+        state = _go_back(parts, directory, database, report)
+        last = database.last_step()
+        told = (*callbacks, *_trackers(stack, directory, recipe, resumed_after=last))
+        yield _session(parts, directory, database, state=state, callbacks=told, budget=budget)
 
 
-def read_recipe(directory: RunDirectory) -> Recipe:
-    """The recipe that a run was started with."""
+def read_recipe(directory: RunDirectory, settings: Iterable[str] = ()) -> Recipe:
+    """The recipe that a run was started with, changed by ``section.key=value`` settings."""
     file = directory.path / "recipe.toml"
-    return from_table(parse(directory.recipe_text(), str(file)), str(file))
+    table = override(parse(directory.recipe_text(), str(file)), settings)
+    return from_table(table, str(file))
 
 
 def _resolve(stack: ExitStack, recipe: Recipe, report: Report) -> Parts:
@@ -99,11 +107,46 @@ def _resolve(stack: ExitStack, recipe: Recipe, report: Report) -> Parts:
     return parts
 
 
-def _open(
-    stack: ExitStack, parts: Parts, directory: RunDirectory, *, callbacks: Sequence[Callback]
+def _chosen(recipe: Recipe) -> list[tuple[str, str]]:
+    """What a recipe may leave to the machine."""
+    return [("model.device", recipe.model.device), ("model.compute", recipe.model.compute)]
+
+
+def _check_space(parts: Parts, path: Path) -> None:
+    """Refuse a run whose checkpoint the disk cannot hold, before the hours that lead to one."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    need = bytes_needed(
+        parts.policy,
+        adapter=parts.recipe.model.lora is not None,
+        moves_reference=parts.recipe.train.reference_sync_steps > 0,
+    )
+    checkpoint.check_space(there, need)
+
+
+def _database(directory: RunDirectory, recipe: Recipe) -> Database:
+    return Database(directory.database, detail=recipe.record.detail)
+
+
+def _trackers(
+    stack: ExitStack, directory: RunDirectory, recipe: Recipe, *, resumed_after: int | None
+) -> list[Tracker]:
+    started = []
+    for kind in recipe.record.trackers:
+        started.append(kind.start(directory, resumed_after=resumed_after))
+        stack.callback(started[-1].close)
+    return started
+
+
+def _session(
+    parts: Parts,
+    directory: RunDirectory,
+    database: Database,
+    *,
+    state: TrainState | None,
+    callbacks: tuple[Callback, ...],
+    budget: Budget,
 ) -> Session:
     recipe = parts.recipe
-    database = stack.enter_context(Database(directory.database, detail=recipe.record.detail))
     keeper = RunKeeper(
         directory=directory,
         database=database,
@@ -111,11 +154,8 @@ def _open(
         tokenizer=parts.opened.loaded.tokenizer,
         settings=recipe.record,
         adapter=recipe.model.lora is not None,
+        saved=state.step if state is not None else None,
     )
-    trackers = []
-    for kind in recipe.record.trackers:
-        trackers.append(kind.start(directory, last_step=database.last_step()))
-        stack.callback(trackers[-1].close)
     run = Run(
         policy=parts.policy,
         engine=parts.opened.engine,
@@ -124,9 +164,26 @@ def _open(
         settings=recipe.train,
         keeper=keeper,
         evaluator=parts.evaluator,
-        callbacks=(*callbacks, *trackers),
+        callbacks=callbacks,
+        budget=budget,
     )
-    return Session(directory=directory, database=database, parts=parts, run=run, state=None)
+    return Session(directory=directory, database=database, parts=parts, run=run, state=state)
+
+
+def _go_back(
+    parts: Parts, directory: RunDirectory, database: Database, report: Report
+) -> TrainState | None:
+    """Put everything as it was at the newest intact checkpoint; drop what was recorded later."""
+    found, damaged = checkpoint.latest(directory.checkpoints)
+    for text in damaged:
+        report(f"damaged, passed over: {text}")
+    if found is None:  # it ended before its first checkpoint: from the start
+        database.truncate_after(0)
+        return None
+    state = restore(parts, found)
+    database.truncate_after(state.step)
+    database.write_event(state.step, "resumed", {"checkpoint": found.name})
+    return state
 
 
 def restore(parts: Parts, folder: Path) -> TrainState:
@@ -141,20 +198,3 @@ def restore(parts: Parts, folder: Path) -> TrainState:
     parts.opened.engine.load(None, parts.policy.version)
     torch.set_rng_state(state.rng)
     return state
-
-
-def _restored(session: Session, folder: Path) -> Session:
-    """The session as it was when ``folder`` was saved; what was recorded later is dropped."""
-    run = session.run
-    state = restore(session.parts, folder)
-    session.database.truncate_after(state.step)
-    session.database.write_event(state.step, "resumed", {"checkpoint": folder.name})
-    assert isinstance(run.keeper, RunKeeper), "made by _open"
-    run.keeper.saved = state.step
-    return Session(
-        directory=session.directory,
-        database=session.database,
-        parts=session.parts,
-        run=run,
-        state=state,
-    )

@@ -5,6 +5,7 @@ The run may be going on: nothing is locked and nothing is written.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +32,19 @@ def is_run(path: Path) -> bool:
     return (path / "recipe.toml").is_file() and (path / "run.json").is_file()
 
 
-def open_trained(path: Path, report: Report, *, step: int | None = None) -> Trained:
+def open_trained(
+    path: Path, report: Report, *, step: int | None = None, settings: Iterable[str] = ()
+) -> Trained:
     """Open the model of the run in ``path``, as of its newest intact checkpoint or of ``step``.
+
+    ``settings`` change its recipe: the device to compute on, say.
 
     Raises:
         ValueError: it is no run, or has no checkpoint (of that step).
         OSError: the checkpoint is damaged or cannot be read.
     """
     with RunDirectory.open(path, lock=False) as directory:
-        recipe = read_recipe(directory)
+        recipe = read_recipe(directory, settings)
         folder = _checkpoint(directory, step)
     opened = open_model(recipe.model, recipe, report)
     policy = Policy(

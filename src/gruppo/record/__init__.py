@@ -1,12 +1,12 @@
 """Everything a run leaves behind: its folder, database, trackers and dumps."""
 
 from gruppo.record.database import Database, Detail
-from gruppo.record.dump import dump_step, read_dump, replay_command
+from gruppo.record.dump import dump_step, replay_command
 from gruppo.record.export import export_samples, sample_line
 from gruppo.record.rows import Event, Finding, StoredCompletion, StoredSample, Tokens
-from gruppo.record.run import RunDirectory, check_name
+from gruppo.record.run import RunDirectory, check_name, check_unused
 from gruppo.record.scrub import scrub, scrub_values
-from gruppo.record.trackers import TensorBoard, Tracker, Trackio, Wandb
+from gruppo.record.trackers import TensorBoard, Tracker, Trackio, Wandb, library
 
 __all__ = [
     "Database",
@@ -22,9 +22,10 @@ __all__ = [
     "Trackio",
     "Wandb",
     "check_name",
+    "check_unused",
     "dump_step",
     "export_samples",
-    "read_dump",
+    "library",
     "replay_command",
     "sample_line",
     "scrub",

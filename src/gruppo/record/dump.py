@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gruppo.policy.checkpoint import read_json, read_tensors, write_json, write_tensors
+from gruppo.policy.checkpoint import write_json, write_tensors
 from gruppo.policy.files import naming
 from gruppo.record.codec import finite
 from gruppo.record.run import RunDirectory
@@ -58,19 +58,3 @@ def dump_step(
             shutil.rmtree(final)
         os.rename(temporary, final)
     return final
-
-
-def read_dump(run: RunDirectory, step: int) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Tensors and facts of a dumped step.
-
-    Raises:
-        ValueError: No such dump; the text lists the steps that have one.
-        OSError: It is damaged.
-    """
-    folder = run.dumps / f"{step:08d}"
-    if not folder.is_dir():
-        known = sorted(int(entry.name) for entry in run.dumps.glob("[0-9]*"))
-        raise ValueError(f"replay: step {step} of {run.name} has no dump; these have: {known}")
-    info = read_json(folder / "info.json")
-    assert isinstance(info, dict)
-    return read_tensors(folder / "tensors.safetensors"), info

@@ -66,13 +66,12 @@ class RunDirectory:
             ValueError: The name is unusable, or the folder is not empty, or in use.
             OSError: The folder cannot be made or written.
         """
-        check_name(path.name)
-        path.mkdir(parents=True, exist_ok=True)
         if not (path / _LOCK).exists():
-            _check_unused(path)  # before a lock file is left in a folder that is none of ours
+            check_unused(path)  # before a lock file is left in a folder that is none of ours
+        path.mkdir(parents=True, exist_ok=True)
         lock = acquire(path / _LOCK)
         try:
-            _check_unused(path)
+            check_unused(path)
             info = _describe(path.name, meta or {})
             for folder in _FOLDERS:
                 (path / folder).mkdir(exist_ok=True)
@@ -138,11 +137,6 @@ class RunDirectory:
         """Text of recipe.toml, comments included."""
         return (self.path / _RECIPE).read_text()
 
-    def write_text(self, name: str, text: str) -> Path:
-        """Write a file of the run (a report, say) whole or not at all, and return its path."""
-        replace_file(self.path / name, text.encode(errors="backslashreplace"))
-        return self.path / name
-
     def tracker_id(self, tracker: str) -> str:
         """Id of this run at an experiment tracker: made once, the same after every resume."""
         file = self.path / _TRACKERS
@@ -186,8 +180,18 @@ def check_name(name: str) -> None:
         raise ValueError(f"run name {name[:40]!r}...: {len(name.encode())} bytes, at most 200")
 
 
-def _check_unused(path: Path) -> None:
-    """Refuse a folder that holds anything but what a start that was cut short leaves."""
+def check_unused(path: Path) -> None:
+    """Refuse a path that no new run can have; nothing is written.
+
+    Raises:
+        ValueError: The name is unusable, it is a file, or the folder holds anything but what a
+            start that was cut short leaves.
+    """
+    check_name(path.name)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"run folder: {path} is no folder; choose another name")
+    if not path.exists():
+        return
     known = {*_FOLDERS, _RUN}
     present = sorted(entry.name for entry in path.iterdir() if entry.name[0] != ".")
     if present and (_RECIPE in present or not known.issuperset(present)):

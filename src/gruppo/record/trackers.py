@@ -11,10 +11,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 from typing import ClassVar, Literal
 
 from gruppo.record.run import RunDirectory
 from gruppo.types import Group
+
+Kind = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Tracker:
@@ -35,6 +38,10 @@ class Tracker:
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         self._log(step, finite)
 
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send the finite metrics of an evaluation, as ``eval/NAME``."""
+        self(step, (), {f"eval/{name}": value for name, value in metrics.items()})
+
     def close(self) -> None:
         """Send what is left."""
         self._finish()
@@ -47,18 +54,22 @@ class TensorBoard:
     kind: Literal["tensorboard"] = "tensorboard"
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    def start(self, run: RunDirectory, *, last_step: int = 0) -> Tracker:
-        """Open the event files; points after ``last_step`` of an earlier life are hidden.
+    def start(self, run: RunDirectory, *, resumed_after: int | None = None) -> Tracker:
+        """Open the event files.
+
+        Args:
+            run: The run.
+            resumed_after: The step that a resumed run goes on from; what an earlier life drew
+                after it is hidden.
 
         Raises:
             ImportError: tensorboard is not installed.
         """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise _missing("tensorboard") from error
+        purge = None
+        if resumed_after is not None:  # from the start: the evaluation before it comes again too
+            purge = resumed_after + 1 if resumed_after else 0
         folder = str(run.path / "tensorboard")
-        writer = SummaryWriter(folder, purge_step=last_step + 1 if last_step else None)
+        writer = library(self.kind).SummaryWriter(folder, purge_step=purge)
 
         def log(step: int, metrics: dict[str, float]) -> None:
             for name, value in metrics.items():
@@ -85,16 +96,13 @@ class Wandb:
     entity: str | None = None
     mode: Literal["online", "offline"] = "online"
 
-    def start(self, run: RunDirectory, *, last_step: int = 0) -> Tracker:
+    def start(self, run: RunDirectory, *, resumed_after: int | None = None) -> Tracker:
         """Start the run, or go on with it.
 
         Raises:
             ImportError: wandb is not installed.
         """
-        try:
-            wandb = import_module("wandb")
-        except ImportError as error:
-            raise _missing("wandb") from error
+        wandb = library(self.kind)
         session = wandb.init(
             project=self.project,
             entity=self.entity,
@@ -127,16 +135,13 @@ class Trackio:
     project: str = "gruppo"
     space: str | None = None
 
-    def start(self, run: RunDirectory, *, last_step: int = 0) -> Tracker:
+    def start(self, run: RunDirectory, *, resumed_after: int | None = None) -> Tracker:
         """Start the run, or go on with it (trackio knows runs by name: the id is part of it).
 
         Raises:
             ImportError: trackio is not installed.
         """
-        try:
-            trackio = import_module("trackio")
-        except ImportError as error:
-            raise _missing("trackio") from error
+        trackio = library(self.kind)
         session = trackio.init(
             project=self.project,
             name=f"{run.name}-{run.tracker_id(self.kind)}",
@@ -153,5 +158,14 @@ class Trackio:
         return Tracker(log, trackio.finish)
 
 
-def _missing(name: str) -> ImportError:
-    return ImportError(f'tracker {name}: it is not installed; pip install "gruppo[{name}]"')
+def library(kind: Kind) -> ModuleType:
+    """Import what a tracker of this kind needs.
+
+    Raises:
+        ImportError: It is not installed; the text says how to.
+    """
+    try:
+        return import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)
+    except ImportError as error:
+        text = f'tracker {kind}: it is not installed; pip install "gruppo[{kind}]"'
+        raise ImportError(text) from error

@@ -5,13 +5,12 @@ that are shaping terms (``Part.shape``) unless told otherwise.
 """
 
 from gruppo.reward.adapters import Function, InProcess
-from gruppo.reward.answer import Exact, Number, Regex
+from gruppo.reward.answer import Exact, Number
 from gruppo.reward.base import (
     BatchReward,
     Part,
     RewardSet,
     Shaping,
-    count_failures,
     refused,
     ungraded,
 )
@@ -20,6 +19,7 @@ from gruppo.reward.countdown import Countdown
 from gruppo.reward.language import LanguageConsistency
 from gruppo.reward.layout import Format, OpenR1Format, ReasoningSteps, TagCount
 from gruppo.reward.math_answer import Math
+from gruppo.reward.regex import Regex
 from gruppo.reward.shape import (
     CosineLength,
     KimiLength,
@@ -76,7 +76,6 @@ __all__ = [
     "Shaping",
     "SoftOverlong",
     "TagCount",
-    "count_failures",
     "refused",
     "ungraded",
 ]

@@ -1,4 +1,4 @@
-r"""Answer rewards that need no mathematics: exact numbers, exact strings, regular expressions.
+r"""Answer rewards that need no mathematics: exact numbers and exact strings.
 
 Each is 1 for a right answer and 0 for a wrong one. A completion without an answer, or with one
 that cannot be read, is a failure of the completion (it scores the part's minimum); a problem
@@ -7,13 +7,12 @@ without a usable reference answer is a failure of the grader (its rows are unsco
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from gruppo.reward.base import Value, refused, ungraded
-from gruppo.reward.extract import MAX_ANSWER, Where, after_thinking, find_answer, one_number
+from gruppo.reward.extract import TEMPLATES, Where, after_thinking, find_answer, one_number
 from gruppo.types import Completion, Problem
 
 
@@ -53,6 +52,10 @@ class Number:
     kind: Literal["number"] = "number"
     where: Where = "last"
 
+    def template(self) -> str:
+        """A completion with ``{answer}`` where the number is read."""
+        return TEMPLATES[self.where]
+
     def __call__(self, problem: Problem, completions: Sequence[Completion]) -> list[Value]:
         """Grade ``completions``."""
         gold = one_number(gold_text(problem) or "")
@@ -83,6 +86,10 @@ class Exact:
     where: Literal["all", "last", "answer_tag", "boxed", "hashes"] = "all"
     ignore_case: bool = False
 
+    def template(self) -> str:
+        """A completion with ``{answer}`` where the text is read."""
+        return TEMPLATES[self.where]
+
     def __call__(self, problem: Problem, completions: Sequence[Completion]) -> list[Value]:
         """Grade ``completions``."""
         gold = gold_text(problem)
@@ -101,40 +108,3 @@ class Exact:
     def _normal(self, text: str) -> str:
         joined = " ".join(text.split())
         return joined.casefold() if self.ignore_case else joined
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Regex:
-    """1 if ``pattern`` matches the completion, else 0.
-
-    The recipe's author writes the pattern, the policy writes the text: a pattern with nested
-    repeats can take exponential time on a hostile text, and nothing here interrupts it. ``full``
-    asks for a match of the whole text, ``ignore_case`` takes capitals for small letters.
-    ``{answer}`` in the pattern stands for the problem's reference answer, taken literally.
-
-    Raises:
-        ValueError: the pattern is no regular expression.
-    """
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    kind: Literal["regex"] = "regex"
-    pattern: str
-    full: bool = False
-    ignore_case: bool = False
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.pattern.replace("{answer}", "x"))
-        except re.error as error:
-            raise ValueError(f"regex reward: pattern {self.pattern!r}: {error}") from error
-
-    def __call__(self, problem: Problem, completions: Sequence[Completion]) -> list[Value]:
-        """Grade ``completions``."""
-        gold = gold_text(problem)
-        if "{answer}" in self.pattern and (not gold or len(gold) > MAX_ANSWER):
-            return no_gold(problem, "a short text", len(completions))
-        flags = re.DOTALL | (re.IGNORECASE if self.ignore_case else 0)
-        compiled = re.compile(self.pattern.replace("{answer}", re.escape(gold or "")), flags)
-        match = compiled.fullmatch if self.full else compiled.search
-        return [float(match(completion.text) is not None) for completion in completions]

@@ -51,6 +51,15 @@ class Shaping(Protocol):
 
 
 @runtime_checkable
+class Locates(Protocol):
+    """A reward that knows where in a completion the answer is read."""
+
+    def template(self) -> str:
+        """Return a completion with ``{answer}`` in place of the answer."""
+        ...
+
+
+@runtime_checkable
 class _Closeable(Protocol):
     def close(self) -> None: ...
 
@@ -95,8 +104,10 @@ class RewardSet:
     """All parts of the reward, summed to one total per completion.
 
     ``total = sum of weight * value over the parts that gave a value``, then the shaping terms,
-    then an optional clip to ``clip_range``. A row is unscored (``total = None``) when no part gave
-    a value, or when a task part could not be graded: a total without it would be a silent 0.
+    then an optional clip to ``clip_range``. A part that returns None abstains. A row is unscored
+    (``total = None``) when no task part gave a value, and when the grader of a term with a weight
+    *failed*: without it the total is on another scale than the rest of its group, and would look
+    better or worse than they for no doing of the policy. Its ``task`` stays, if it was graded.
 
     Args:
         parts: the terms; names must differ.
@@ -153,16 +164,17 @@ class RewardSet:
         return tuple(part.weight for part in self.parts if not part.shape)
 
     @property
-    def shape_names(self) -> tuple[str, ...]:
-        """Names of the shaping terms."""
-        return tuple(part.name for part in self.parts if part.shape)
-
-    @property
     def task_names(self) -> tuple[str, ...]:
         """Names of the parts that make the task metric."""
         if self.task is None:
             return self.part_names[:1]
         return (self.task,) if isinstance(self.task, str) else self.task
+
+    def answer_template(self) -> str | None:
+        """A completion with ``{answer}`` where all task parts read it; None if one cannot say."""
+        tasks = [part.reward for part in self.parts if part.name in self.task_names]
+        found = {task.template() if isinstance(task, Locates) else None for task in tasks}
+        return found.pop() if len(found) == 1 else None
 
     def score(self, problem: Problem, completions: Sequence[Completion]) -> tuple[Score, ...]:
         """Score one group: one ``Score`` per completion, in order. Never raises."""
@@ -195,24 +207,26 @@ class RewardSet:
                 part.reward.close()
 
     def _combine(self, cells: dict[str, _Cell]) -> Score:
-        """Sum one row's cells; unscored if the task could not be graded."""
+        """Sum one row's cells; unscored if the task or a weighted part could not be graded."""
         tasks = [cells[name] for name in self.task_names]
         task = next((cell.task for cell in tasks if cell.task is not None), None)
-        lost = [cell for cell in tasks if cell.value is None and cell.error is not None]
-        error = _first_error([*lost, *tasks, *cells.values()])
+        if any(cell.failed for cell in tasks):
+            task = None
+        weights = dict(zip(self.part_names, self.part_weights, strict=True))
+        lost = [cell for name, cell in cells.items() if cell.failed and weights[name] != 0]
+        failed = [cell for cell in tasks if cell.failed] + lost
+        error = _first_error([*failed, *tasks, *cells.values()])
         total = None
         if task is not None and not lost:
             values = [
-                weight * value
-                for name, weight in zip(self.part_names, self.part_weights, strict=True)
-                if (value := cells[name].value) is not None
+                weights[name] * cell.value for name, cell in cells.items() if cell.value is not None
             ]
             total = math.fsum(values)
-        elif error is None or error.fault == "completion":
+        elif not failed:
             error = _grader("none", "the task reward gave no value (None)")
         return Score(
             total=total,
-            task=task if total is not None else None,
+            task=task,
             parts={name: cell.value for name, cell in cells.items()},
             steps=next((cell.steps for cell in tasks if cell.steps), ()),
             error=error,
@@ -222,15 +236,17 @@ class RewardSet:
         self, part: Part, before: tuple[Score, ...], terms: Sequence[_Cell]
     ) -> tuple[Score, ...]:
         """Record a shaping term, and add it where it counts."""
-        counts = is_live(score.task for score in before) or not self.shape_only_live
+        live = is_live(score.task for score in before) or not self.shape_only_live
+        counts = live and part.weight != 0
         return tuple(
             replace(
                 score,
                 parts={**score.parts, part.name: cell.value},
-                error=score.error or cell.error,
-                total=score.total + part.weight * cell.value
-                if counts and score.total is not None and cell.value is not None
-                else score.total,
+                # what made the row unscored is told before what only befell it
+                error=cell.error
+                if counts and cell.failed and score.total is not None
+                else score.error or cell.error,
+                total=_plus(score.total, part.weight, cell) if counts else score.total,
             )
             for score, cell in zip(before, terms, strict=True)
         )
@@ -240,12 +256,6 @@ class RewardSet:
             return score
         low, high = self.clip_range
         return replace(score, total=min(max(score.total, low), high))
-
-
-def count_failures(scores: Iterable[Score]) -> dict[str, int]:
-    """Number of rows per failure, as ``{"grader/exception": 3, "completion/timeout": 1}``."""
-    errors = (score.error for score in scores)
-    return dict(Counter(f"{error.fault}/{error.kind}" for error in errors if error is not None))
 
 
 def ungraded(kind: str, text: str) -> Score:
@@ -279,6 +289,18 @@ class _Cell:
     task: float | None
     steps: tuple[tuple[int, float], ...] = ()
     error: Failure | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the grader failed (no value without an error is a choice)."""
+        return self.value is None and self.error is not None
+
+
+def _plus(total: float | None, weight: float, cell: _Cell) -> float | None:
+    """``total`` with a term added; None if either is unscored, unchanged if the term abstained."""
+    if total is None or cell.failed:
+        return None
+    return total if cell.value is None else total + weight * cell.value
 
 
 def _grader(kind: str, text: str) -> Failure:

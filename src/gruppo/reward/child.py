@@ -1,6 +1,6 @@
 """The program that a reward's worker process runs. It is started as a script, never imported.
 
-It loads one handler (``child_math.py`` or ``child_function.py``), then answers requests: a frame
+It loads one handler (``child_math.py``, say), then answers requests: a frame
 of 16 bytes id and 8 bytes length, then that many bytes, comes in on one descriptor; one JSON line
 ``{"id", "reply"}`` or ``{"id", "error"}`` goes out on another. Standard output and input belong to
 nobody, so what a reward function prints cannot be taken for an answer. Only the standard library

@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import ClassVar, Final, Literal
 
 from gruppo.reward.base import Value, ungraded
-from gruppo.reward.extract import after_thinking, find_answer
+from gruppo.reward.extract import TEMPLATES, after_thinking, find_answer
 from gruppo.types import Completion, Problem
 
 _MAX_TEXT: Final = 200  # characters; six numbers need some forty, and parsing stays instant
@@ -50,6 +50,10 @@ class Countdown:
 
     kind: Literal["countdown"] = "countdown"
     where: Literal["all", "answer_tag", "boxed", "hashes"] = "answer_tag"
+
+    def template(self) -> str:
+        """A completion with ``{answer}``, a solution, where the expression is read."""
+        return TEMPLATES[self.where]
 
     def __call__(self, problem: Problem, completions: Sequence[Completion]) -> list[Value]:
         """Grade ``completions``."""

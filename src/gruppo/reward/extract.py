@@ -10,9 +10,18 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import Literal
+from typing import Final, Literal
 
 Where = Literal["last", "answer_tag", "boxed", "hashes"]
+
+# A completion that gives ``{answer}`` where it is looked for ("all": everything is the answer).
+TEMPLATES: Final[dict[str, str]] = {
+    "all": "{answer}",
+    "last": "{answer}",
+    "answer_tag": "<answer>{answer}</answer>",
+    "boxed": r"\boxed{{answer}}",
+    "hashes": "#### {answer}",
+}
 
 # An answer longer than this is no answer to a question with a short one.
 MAX_ANSWER = 2000

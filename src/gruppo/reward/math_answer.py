@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 from gruppo.reward.answer import no_gold
 from gruppo.reward.base import GroupRows, Value, refused, ungraded
-from gruppo.reward.extract import find_answer, last_boxed, to_fraction
+from gruppo.reward.extract import TEMPLATES, find_answer, last_boxed, to_fraction
 from gruppo.reward.process import Death, Pool, Reply, Setup, pool
 from gruppo.types import Completion, Problem
 
@@ -92,6 +92,10 @@ class Math:
         pairs = list(dict.fromkeys(v for row in decided for v in row if isinstance(v, _Pair)))
         verdicts = dict(zip(pairs, self._ask(pairs), strict=True))
         return [[verdicts[v] if isinstance(v, _Pair) else v for v in row] for row in decided]
+
+    def template(self) -> str:
+        """A completion with ``{answer}`` where the answer is read."""
+        return TEMPLATES[self.where]
 
     def close(self) -> None:
         """End the worker processes."""
@@ -170,6 +174,19 @@ def tidy(text: str) -> str:
         if text.startswith(left) and text.endswith(right) and len(text) > len(left + right):
             text = text[len(left) : -len(right)].strip()
     return _UPRIGHT.sub(r"\1", text)
+
+
+def spelled_alike(answer: str) -> str:
+    r"""Return an answer in the spelling that it shares with others plainly equal to it.
+
+    >>> spelled_alike(r"$\frac{1}{2}$"), spelled_alike("0.50"), spelled_alike(r"\dfrac{x}{2} ")
+    ('1/2', '1/2', '\\frac{x}{2}')
+    """
+    given = tidy(answer)
+    readings = _readings(given)
+    if len(readings) == 1:  # a percentage has two, and stays text
+        return str(readings[0])
+    return _words(given) if _is_words(given) else _plain(_unwrapped(given))
 
 
 def compare_exactly(gold: str, given: str) -> Value:

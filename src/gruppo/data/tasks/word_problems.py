@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from gruppo.data.keyed import Draws
@@ -29,7 +29,6 @@ ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "*": operator.mul,
     "/": operator.floordiv,
 }
-R1_LAYOUT = "<think>{work}</think><answer>{answer}</answer>"
 _UNITS = {
     many: Noun(one, many)
     for one, many in (
@@ -146,46 +145,10 @@ class WordProblems:
     def _symbols(self) -> set[str]:
         return {ONE_STEP[family][0] for family in self.operations}
 
-    @property
-    def num_keys(self) -> int:
-        """Number of canonical keys of one-step problems: 308 by default."""
-        span = self.high - self.low + 1
-        sizes = {"+": span * (span + 1) // 2, "-": span * (span - 1) // 2, "/": span * span}
-        sizes["*"] = sizes["+"]
-        return sum(sizes[symbol] for symbol in self._symbols)
-
     def __call__(self, seed: int, index: int) -> Item:
         """Return problem ``index`` of the endless sequence under ``seed``."""
         draws = Draws("word_problems", seed, index)
         return self._two(draws) if self.steps == 2 else self._one(draws)
-
-    def worked_examples(
-        self, count: int = 1, layout: str = R1_LAYOUT
-    ) -> tuple[tuple[str, str], ...]:
-        """Return ``count`` solved problems as (question, answer) pairs for a prompt.
-
-        Their operands are all larger than ``high``: no drawn or held-out key is given away.
-        Operations take turns in the order of ``operations``.
-
-        Args:
-            count: how many.
-            layout: text of the answer, with ``{work}`` (the calculation) and ``{answer}``.
-
-        >>> for pair in WordProblems().worked_examples():
-        ...     print(pair[1])
-        <think>15 + 17 = 32</think><answer>32</answer>
-        """
-        beyond = replace(self, low=self.high + 1, high=self.high + 8)
-        pairs = []
-        for index in range(count):
-            task = beyond
-            if self.steps == 1:
-                family = self.operations[index % len(self.operations)]
-                task = replace(beyond, operations=(family,))
-            item = task(seed=0, index=index)
-            text = layout.replace("{work}", str(item.info["work"]))
-            pairs.append((item.question, text.replace("{answer}", item.answer)))
-        return tuple(pairs)
 
     def _one(self, draws: Draws) -> Item:
         family = draws.choice(self.operations)

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Literal, cast, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from gruppo.engine.base import Decode, check_requests, check_sampling, complete, ends_in_stop, room
 from gruppo.engine.local.batch import plan_waves
@@ -26,6 +25,7 @@ from gruppo.engine.local.schedule import Row, Schedule, rows_of
 from gruppo.engine.local.shared import Drawing, Drawn, Spoken
 from gruppo.engine.local.store import Store
 from gruppo.engine.local.waves import Waves
+from gruppo.model.parts import context_length, text_config
 from gruppo.types import Completion, Request, Sampling
 
 _COMPUTE_DTYPES = (torch.float32, torch.float64, *HALF)
@@ -41,8 +41,9 @@ class LocalEngine:
     that keys and values took in the last call.
 
     Args:
-        model: the module (shared with the policy, or the engine's own). Its train or eval mode,
-            its ``requires_grad`` flags and gradients are as before after every call.
+        model: the module, with an adapter or without (shared with the policy, or the engine's
+            own). Its train or eval mode, its ``requires_grad`` flags and gradients are as before
+            after every call.
         decode: token ids to text, for ``Completion.text`` and stop strings.
         pad_token: any valid token id; fills the left of shorter prompts, and is masked.
         compute_dtype: bfloat16 or float16 runs a float32 model under autocast; a model whose
@@ -76,7 +77,7 @@ class LocalEngine:
             raise ValueError(f"compute_dtype = {compute_dtype}; use bfloat16, float16 or float32")
         if kind not in ("shared", "plain"):
             raise ValueError(f'kind = {kind!r}; use "shared" or "plain"')
-        self._model: PreTrainedModel | None = cast(PreTrainedModel, model)
+        self._model: nn.Module | None = model
         self._decode = decode
         self._pad_token = pad_token
         self._compute_dtype = compute_dtype
@@ -84,7 +85,7 @@ class LocalEngine:
         self._max_cached_tokens = max_cached_tokens
         self._version = 0
         self._is_aborted = False
-        self.is_shared = kind == "shared" and can_share(self._model, compute_dtype)
+        self.is_shared = kind == "shared" and can_share(model, compute_dtype)
         self.peak_cache_bytes = 0
 
     @property
@@ -105,10 +106,9 @@ class LocalEngine:
             FloatingPointError: if the model's logits hold NaN or inf.
         """
         model = self._open()
-        config = model.config.get_text_config(decoder=True)
-        context = config.to_dict().get("max_position_embeddings")
+        context = context_length(model)
         check_sampling(sampling)
-        check_requests(requests, vocab_size=config.vocab_size, context=context)
+        check_requests(requests, vocab_size=text_config(model).vocab_size, context=context)
         limits = [room(request, sampling, context) for request in requests]
         self._is_aborted = False
         draw = self._shared if self.is_shared else self._plain
@@ -148,14 +148,14 @@ class LocalEngine:
         """Let go of the model. Calling it twice is fine."""
         self._model = None
 
-    def _open(self) -> PreTrainedModel:
+    def _open(self) -> nn.Module:
         if self._model is None:
             raise ValueError("this engine is closed; make a new LocalEngine")
         return self._model
 
     def _shared(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         requests: Sequence[Request],
         limits: Sequence[int],
         sampling: Sampling,
@@ -171,7 +171,7 @@ class LocalEngine:
             packed_linears(model, dtype, rows=slots) if steps >= WORTHWHILE else nullcontext(),
         ):
             store = Store(
-                model.config.get_text_config(decoder=True).num_hidden_layers,
+                text_config(model).num_hidden_layers,
                 slots=slots,
                 dtype=dtype or next(model.parameters()).dtype,
             )
@@ -191,7 +191,7 @@ class LocalEngine:
 
     def _plain(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         requests: Sequence[Request],
         limits: Sequence[int],
         sampling: Sampling,

@@ -7,14 +7,14 @@ attention is not gruppo's, or whose forward takes no layout, do not.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from gruppo.engine.local.module import generating
 from gruppo.engine.local.schedule import Schedule, rows_of
 from gruppo.engine.local.shared import Drawing
 from gruppo.engine.local.store import Store
 from gruppo.model.attention import NAME
+from gruppo.model.parts import causal, text_config
 from gruppo.types import Request, Sampling
 
 # Largest difference of a log-probability that rounding can explain.
@@ -24,11 +24,11 @@ _PROMPTS = ((5, 6, 7, 8), (9, 10))
 _TOKENS = 5
 
 
-def can_share(model: PreTrainedModel, compute_dtype: torch.dtype) -> bool:
+def can_share(model: nn.Module, compute_dtype: torch.dtype) -> bool:
     """Whether tokens drawn with shared prompts get a plain forward's log-probabilities."""
-    if model.config._attn_implementation != NAME:
+    if causal(model).config._attn_implementation != NAME:
         return False
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model)
     prompts = [tuple(token % config.vocab_size for token in prompt) for prompt in _PROMPTS]
     requests = [Request(tokens=prompt, num_samples=2, key=(0,)) for prompt in prompts]
     sampling = Sampling(max_tokens=_TOKENS)
@@ -60,7 +60,7 @@ def can_share(model: PreTrainedModel, compute_dtype: torch.dtype) -> bool:
         )
 
 
-def _plain_logp(model: PreTrainedModel, prompt: tuple[int, ...], tokens: list[int]) -> Tensor:
+def _plain_logp(model: nn.Module, prompt: tuple[int, ...], tokens: list[int]) -> Tensor:
     """Log-probabilities of ``tokens`` [T] from one forward without a cache."""
     device = next(model.parameters()).device
     ids = torch.tensor([[*prompt, *tokens]], device=device)

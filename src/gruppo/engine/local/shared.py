@@ -13,8 +13,7 @@ from typing import final
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from gruppo.engine.local.schedule import Admission, Row, Schedule
 from gruppo.engine.local.store import Decode, Piece, Prefill, Store
@@ -129,7 +128,7 @@ class Drawing:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         requests: Sequence[Request],
         schedule: Schedule,
         *,

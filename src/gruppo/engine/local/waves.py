@@ -13,14 +13,15 @@ from itertools import starmap
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from gruppo.engine.local.batch import Prompts, Wave
 from gruppo.engine.local.cache import make_cache, select_rows
 from gruppo.engine.local.schedule import Row
 from gruppo.engine.local.shared import Drawn, Spoken
 from gruppo.engine.sampler import sample
+from gruppo.model.parts import causal
 from gruppo.types import Request, Sampling
 
 
@@ -31,7 +32,7 @@ class Waves:
     ``dtype`` is the type to keep keys and values in, None for the model's own.
     """
 
-    model: PreTrainedModel
+    model: nn.Module
     requests: Sequence[Request]
     sampling: Sampling
     pad_token: int
@@ -44,7 +45,7 @@ class Waves:
         prompts = Prompts.of(rows, self.requests, pad_token=self.pad_token, device=device)
         wave = Wave(rows, self.requests, prompts)
         ends = torch.tensor(self.sampling.stop_tokens, dtype=torch.long, device=device)
-        cache = make_cache(self.model.config, self.dtype)
+        cache = make_cache(causal(self.model).config, self.dtype)
         logits = _forward(self.model, prompts.tokens, prompts.mask, prompts.positions, cache=cache)
         select_rows(cache, prompts.source)
         logits = logits[prompts.source]
@@ -70,7 +71,7 @@ def _drawn(tokens: list[int], logp: list[float], stopped: bool) -> Drawn:
 
 
 def _forward(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokens: Int[Tensor, "N Q"],
     mask: Tensor,
     positions: Int[Tensor, "N Q"],

@@ -1,0 +1,89 @@
+"""Rules on what a credit reads of the reward: settings that it would not see, or could not take.
+
+A reward function of the user's own may return anything: what it gives is seen only when it runs,
+and then the credit itself refuses it. Here stands what the recipe's own settings already say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from gruppo.objective import MaxRl, PasskAnalytic, innermost, reads_total
+from gruppo.recipe.mistakes import Mistake, mistake
+from gruppo.reward import SHAPE_KINDS
+
+
+def takes_shaping(credit: object) -> bool:
+    """Whether a shaping term, which may be negative and any fraction, can reach the advantages."""
+    return reads_total(credit) and not isinstance(innermost(credit), MaxRl | PasskAnalytic)
+
+
+def find_unread(reward: Any, rollout: Any, objective: Any) -> Iterator[Mistake]:
+    """What changes the total alone does nothing to a credit that does not read it."""
+    credit = objective.build(max_tokens=rollout.max_tokens).credit
+    if reads_total(credit):
+        return
+    reason = "has no effect: objective.credit reads the reward's parts or steps, not their total"
+    if rollout.truncation in ("zero_reward", "penalty"):
+        fix = 'use "mask_after" or "exclude_before"'
+        yield mistake("rollout.truncation", f"{reason}; {fix}", rollout.truncation)
+    for part in reward.parts:
+        if part.shape and part.weight != 0:
+            fix = "set shape = false, where its kind allows that, or leave it out"
+            path = f"reward.parts.{part.name}"
+            yield mistake(path, f"{reason}, and this one only shapes; {fix}")
+    if reward.clip_range is not None:
+        yield mistake("reward.clip_range", f"{reason}; leave it out", reward.clip_range)
+
+
+def find_unfit(reward: Any, rollout: Any, objective: Any) -> Iterator[Mistake]:
+    """Rewards that a credit refuses, as far as the settings say that they will come."""
+    credit = innermost(objective.build(max_tokens=rollout.max_tokens).credit)
+    if isinstance(credit, PasskAnalytic):
+        yield from _not_binary(reward, rollout)
+    if isinstance(credit, MaxRl):
+        yield from _negative(reward, rollout)
+
+
+def _not_binary(reward: Any, rollout: Any) -> Iterator[Mistake]:
+    reason = "makes rewards other than 0 and 1, which objective.credit (passk_analytic) needs"
+    plain = [part.name for part in reward.parts if not part.shape]
+    tasks = (reward.task,) if isinstance(reward.task, str) else reward.task or plain[:1]
+    for part in reward.parts:
+        path = f"reward.parts.{part.name}"
+        added = part.shape or (part.name not in tasks and reward.clip_range is None)
+        if part.weight == 0:
+            continue
+        if added:
+            yield mistake(path, f"is added to the task's reward and {reason}; leave it out")
+        elif part.name in tasks and part.weight != 1:
+            yield mistake(f"{path}.weight", f"{reason}; use 1.0", part.weight)
+        elif part.minimum not in (-1, 0, 1):
+            yield mistake(f"{path}.minimum", f"{reason}; use 0.0", part.minimum)
+    if rollout.truncation == "penalty" and rollout.truncation_penalty not in (-1, 0, 1):
+        yield mistake(
+            "rollout.truncation_penalty",
+            f'{reason}; use truncation = "zero_reward"',
+            rollout.truncation_penalty,
+        )
+
+
+def _negative(reward: Any, rollout: Any) -> Iterator[Mistake]:
+    reason = "can make rewards negative, which objective.credit (maxrl) cannot divide by"
+    if reward.clip_range is None or reward.clip_range[0] < 0:
+        fix = "leave it out, or set reward.clip_range = [0.0, 1.0]"
+        for part in reward.parts:
+            path = f"reward.parts.{part.name}"
+            if part.weight != 0 and part.kind in SHAPE_KINDS:
+                yield mistake(path, f"{reason}; {fix}")
+            elif part.weight < 0:
+                yield mistake(f"{path}.weight", f"{reason}; {fix}", part.weight)
+            elif part.weight * part.minimum < 0:
+                yield mistake(f"{path}.minimum", f"{reason}; {fix}", part.minimum)
+    if rollout.truncation == "penalty" and rollout.truncation_penalty < 0:
+        yield mistake(
+            "rollout.truncation_penalty",
+            f'{reason}; use truncation = "zero_reward"',
+            rollout.truncation_penalty,
+        )

@@ -1,0 +1,55 @@
+"""Which answer a completion votes for: its final answer, in one spelling for all equal ones.
+
+The spelling is coarser than text and finer than the rewards' own equality (``0.5`` and ``1/2`` are
+one vote, ``x + 1`` and ``1 + x`` are two). Whether an answer is right is not asked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from gruppo.reward import Countdown, Exact, Math, Number, Regex
+from gruppo.reward.extract import Where, after_thinking, find_answer, one_number
+from gruppo.reward.math_answer import spelled_alike
+
+Ballot = Callable[[str], str | None]
+
+
+def ballot(reward: object) -> Ballot | None:
+    """How to read the vote off the text of a completion that ``reward`` grades.
+
+    None for rewards that grade something else than an answer (functions, layouts). A vote is None
+    where the text has no answer.
+
+    >>> read = ballot(Number(where="last"))
+    >>> read("so 1/2"), read("or 0.50"), read("no idea")
+    ('1/2', '1/2', None)
+    """
+    match reward:
+        case Number(where=where):
+            return lambda text: _number(find_answer(text, where).text)
+        case Math(where=where):
+            return lambda text: spelled_alike(find_answer(text, where).text) or None
+        case Exact(where=where, ignore_case=fold):
+            return lambda text: _collapsed(_text(text, where), fold=fold)
+        case Countdown(where=where):
+            return lambda text: "".join(_text(text, where).split()) or None
+        case Regex():
+            return _collapsed
+        case _:
+            return None
+
+
+def _text(text: str, where: Literal["all"] | Where) -> str:
+    return after_thinking(text) if where == "all" else find_answer(text, where).text
+
+
+def _number(answer: str) -> str | None:
+    number = one_number(answer)
+    return None if number is None else str(number)
+
+
+def _collapsed(text: str, *, fold: bool = False) -> str | None:
+    joined = " ".join(text.split())
+    return (joined.casefold() if fold else joined) or None

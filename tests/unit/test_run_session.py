@@ -1,0 +1,294 @@
+"""Starting and resuming runs: what is written when, what is recorded, what the disk must hold."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from gruppo.cli import main
+from gruppo.policy import checkpoint
+from gruppo.recipe import load
+from gruppo.recipe.build import pin
+from gruppo.recipe.keeper import bytes_needed, read_evaluation
+from gruppo.recipe.session import read_recipe, resume, start
+from gruppo.record import Database, RunDirectory, Tracker, Wandb
+from gruppo.train import train
+from support.commands import arguments
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def recipe(model: Path, **changes: str):
+    return load("quickstart", arguments(model, "run", **changes)[1::2])
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps on a machine whose "auto" is bfloat16."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gruppo.recipe.build.compute_dtype", lambda device: torch.bfloat16)
+        with start(recipe(tiny_folder), path, silent) as session:
+            train(session.run, session.state)
+    return path
+
+
+def cut_after(run: Path, step: int, to: Path) -> Path:
+    shutil.copytree(run, to)
+    for number in checkpoint.steps(to / "checkpoints"):
+        if number > step:
+            shutil.rmtree(to / "checkpoints" / f"{number:08d}")
+    return to
+
+
+# Nothing is written too early ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"data.train.0.size": "2"}, "held_out"),
+        ({"model.device": "cuda:99"}, "torch can use no such device here"),
+        ({"record.trackers": "[{kind = 'wandb'}]"}, r"gruppo\[wandb\]"),
+    ],
+)
+def test_a_start_that_fails_writes_nothing(
+    tiny_folder, tmp_path, monkeypatch, change, reason, exists
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    path = tmp_path / "run"
+    if exists:
+        path.mkdir()
+    with (
+        pytest.raises((ValueError, ImportError), match=reason),
+        start(recipe(tiny_folder, **change), path, silent),
+    ):
+        pass
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["run"] * exists
+
+
+def test_a_taken_name_is_refused_before_a_model_is_opened(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes").touch()
+    with (
+        pytest.raises(ValueError, match="it holds notes"),
+        start(recipe(tmp_path / "nowhere"), tmp_path / "run", silent),
+    ):
+        pass
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["notes"]
+
+
+# Device and number format ---------------------------------------------------------------------
+
+
+def test_what_auto_came_to_is_recorded(finished):
+    with RunDirectory.open(finished, lock=False) as directory:
+        kept = read_recipe(directory)
+    assert (kept.model.device, kept.model.compute) == ("cpu", "bfloat16")
+    info = json.loads((finished / "run.json").read_text())
+    assert info["meta"] == {"asked": {"model.device": "auto", "model.compute": "auto"}}
+
+
+def test_a_recipe_that_leaves_nothing_open_is_recorded_as_it_is(tiny_folder, tmp_path):
+    given = recipe(tiny_folder, **{"model.device": "cpu", "model.compute": "float32"})
+    with start(given, tmp_path / "run", silent) as session:
+        assert read_recipe(session.directory) == given
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["meta"] == {}
+
+
+def test_later_processes_compute_as_the_first_did(finished, tmp_path, monkeypatch, capsys):
+    """Here "auto" comes out otherwise; resume, replay, eval and export do not ask again."""
+    monkeypatch.setattr("gruppo.recipe.build.compute_dtype", lambda device: torch.float32)
+    cut = cut_after(finished, 2, tmp_path / "run")
+    with resume(cut, silent) as session:
+        assert session.run.policy.compute_dtype == torch.bfloat16
+        train(session.run, session.state)
+    names = ("model/model.safetensors", "state.safetensors")
+    for name in names:
+        ours = (cut / "checkpoints" / "00000004" / name).read_bytes()
+        assert ours == (finished / "checkpoints" / "00000004" / name).read_bytes()
+    for command in (
+        ["resume", str(cut), "--replay", "3"],
+        ["eval", str(cut)],
+        ["export", "weights", str(cut), str(tmp_path / "out")],
+        ["chat", str(cut), "--prompt", "a"],
+    ):
+        assert main(command) == 0
+        assert "on cpu, products in bfloat16" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_here_is_told_with_the_ways_out(finished, tmp_path, capsys):
+    cut = cut_after(finished, 4, tmp_path / "run")
+    text = (cut / "recipe.toml").read_text()
+    (cut / "recipe.toml").write_text(text.replace('device = "cpu"', 'device = "cuda:99"'))
+    for verb in (["resume"], ["eval"]):
+        assert main([*verb, str(cut)]) == 2
+        shown = capsys.readouterr().err
+        assert 'model.device = "cuda:99"' in shown
+        assert "recipe.toml" in shown
+    assert main(["eval", str(cut), "--set", "model.device=cpu"]) == 0
+    assert main(["export", "weights", str(cut), str(tmp_path / "out")]) == 0
+    (cut / "recipe.toml").write_text(text)  # as the message says
+    assert main(["resume", str(cut)]) == 0
+
+
+def test_only_auto_is_resolved(monkeypatch):
+    monkeypatch.setattr("gruppo.recipe.build.compute_dtype", lambda device: torch.bfloat16)
+    section = load("quickstart").model
+    chosen = dataclasses.replace(section, device="cpu", compute="float32")
+    assert pin(chosen) == chosen
+    assert pin(dataclasses.replace(chosen, compute="auto")).compute == "bfloat16"
+
+
+# Space ------------------------------------------------------------------------------------------
+
+
+def size_of(run: Path) -> int:
+    folder = run / "checkpoints" / "00000004"
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def test_the_bytes_of_a_checkpoint_are_known_before_the_first(tiny_folder, tmp_path, finished):
+    with start(recipe(tiny_folder), tmp_path / "run", silent) as session:
+        before = bytes_needed(session.run.policy, adapter=False)
+        moved = bytes_needed(session.run.policy, adapter=False, moves_reference=True)
+        weights = sum(p.nbytes for p in session.run.policy.model.parameters())
+        train(session.run, session.state)
+        after = bytes_needed(session.run.policy, adapter=False)
+        counters = 4 * len(list(session.run.policy.model.parameters()))
+    assert before == 3 * weights  # the model and two moments
+    assert (after, moved) == (before + counters, before + weights)
+    # what is more: torch's generator and the files' headers
+    assert after < size_of(tmp_path / "run") < after + 40_000
+
+
+def test_an_adapter_s_checkpoint_holds_the_adapter_twice(tiny_folder, tmp_path):
+    changes = {"model.lora": "{rank = 2}", "train.steps": "1"}
+    with start(recipe(tiny_folder, **changes), tmp_path / "run", silent) as session:
+        policy = session.run.policy
+        adapter = sum(p.nbytes for p in policy.model.parameters() if p.requires_grad)
+        assert bytes_needed(policy, adapter=True) == 4 * adapter
+
+
+def test_a_disk_too_small_ends_the_start_and_writes_nothing(
+    tiny_folder, tmp_path, monkeypatch, capsys
+):
+    asked = []
+
+    def usage(folder):
+        asked.append(Path(folder))
+        return Usage(0, 0, 100_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    command = ["train", "quickstart", *arguments(tiny_folder, "run")]
+    assert main([*command, "--set", f"record.folder={tmp_path / 'a'}"]) == 3
+    shown = capsys.readouterr().err
+    assert "100000 are free" in shown
+    assert str(tmp_path) in shown
+    assert asked == [tmp_path]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_is_noticed_before_a_save_begins(
+    tiny_folder, tmp_path, monkeypatch, capsys
+):
+    free = iter([10**12])
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, next(free, 200_000)))
+    command = ["train", "quickstart", *arguments(tiny_folder, "run")]
+    assert main([*command, "--set", f"record.folder={tmp_path}"]) == 3
+    shown = capsys.readouterr().err
+    assert "200000 are free" in shown
+    assert str(tmp_path / "run" / "checkpoints") in shown
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+# Trackers and evaluations ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [2, 0])
+def test_trackers_go_on_after_the_checkpoint(finished, tmp_path, monkeypatch, step):
+    cut = cut_after(finished, step, tmp_path / "run")
+    text = (cut / "recipe.toml").read_text()
+    assert "trackers = []" in text
+    with_one = text.replace("trackers = []", 'trackers = [{kind = "wandb"}]')
+    (cut / "recipe.toml").write_text(with_one)
+    seen = []
+
+    def begin(self, run, *, resumed_after=None):
+        with Database(run.database, read_only=True) as database:
+            seen.append(("start", resumed_after, database.last_step()))
+        return Tracker(lambda step, metrics: seen.append((step, min(metrics))), lambda: None)
+
+    monkeypatch.setattr(Wandb, "start", begin)
+    with resume(cut, silent) as session:
+        train(session.run, session.state)
+    assert seen[0] == ("start", step, step)
+    told = [entry for entry in seen[1:] if not entry[1].startswith("eval/")]
+    assert [number for number, _ in told] == list(range(step + 1, 5))
+    evaluated = [number for number, name in seen[1:] if name.startswith("eval/")]
+    assert evaluated == ([4] if step else [0, 4])
+
+
+def test_the_end_of_a_resumed_run_compares_with_the_start(finished, tmp_path, capsys):
+    cut = cut_after(finished, 2, tmp_path / "run")
+    assert main(["resume", str(cut)]) == 0
+    shown = capsys.readouterr().out
+    assert "before    after" in shown
+    assert shown.count("before (reward") == shown.count("after (reward") == 2
+
+
+def test_a_recorded_evaluation_comes_back(finished):
+    with Database(finished / "run.sqlite", read_only=True) as database:
+        found = read_evaluation(database, 0)
+        samples = database.samples(0)
+        assert read_evaluation(database, 3) is None
+    assert [graded.completions[0].text for graded in found.greedy] == [s.text for s in samples]
+    assert [graded.problem.id for graded in found.greedy] == [s.problem for s in samples]
+    assert [graded.scores[0].task for graded in found.greedy] == [s.task for s in samples]
+    tasks = [sample.task for sample in samples]
+    assert found.metrics["answer_mean"] == pytest.approx(sum(tasks) / 3)
+
+
+# The end of the process -------------------------------------------------------------------------
+
+
+PROGRAM = """
+import atexit, os, signal, sys, threading
+from gruppo.cli import main
+NUMBER = int(sys.argv.pop())
+BELL = lambda *_: os.kill(os.getpid(), NUMBER)
+"""
+
+
+def program(code: str, *command: object) -> subprocess.CompletedProcess[str]:
+    text = PROGRAM + textwrap.dedent(code) + "\nsys.exit(main())\n"
+    words = [sys.executable, "-c", text, *map(str, command)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=100)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_interpreter_ends_changes_nothing(number):
+    done = program("atexit.register(BELL)", "recipes", int(number))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_outside_of_the_loop_ends_in_order(number, code):
+    done = program(
+        "import gruppo.cli.listing; gruppo.cli.listing.read = BELL", "recipes", "dapo", int(number)
+    )
+    assert done.returncode == code
+    assert done.stderr == f"{signal.Signals(number).name}: stopped\n"
