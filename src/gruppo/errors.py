@@ -11,3 +11,7 @@ class NumericError(RuntimeError):
 
 class ServiceError(RuntimeError):
     """An engine, reward or sandbox failed for good. Exit code 5."""
+
+
+class OutOfMemory(RuntimeError):
+    """The job does not fit this machine, however it is cut. Exit code 2."""

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from gruppo.budget import Budget
 from gruppo.diagnose import data_metrics, language_metrics, step_metrics
-from gruppo.errors import NumericError, ServiceError
+from gruppo.errors import NumericError, OutOfMemory, ServiceError
 from gruppo.evaluate import Evaluation, Evaluator
 from gruppo.interrupt import Interrupted, Interrupts
+from gruppo.memory import Fitting
 from gruppo.objective import Coefficients, Objective
 from gruppo.policy import Policy
 from gruppo.rollout import Collected, Rollouts, tensorise
 from gruppo.selftest import self_test
 from gruppo.settings import TrainSettings
 from gruppo.types import Callback, Engine, Group
-from gruppo.update import Targets, UpdateResult, gather_evidence, update
+from gruppo.update import SETTING, Targets, UpdateResult, gather_evidence, update
 
 MAX_SKIPPED = 3
 """Non-finite steps in a row that stop the run: one is bad luck, three are a broken run."""
@@ -99,6 +100,7 @@ class Run:
     callbacks: tuple[Callback, ...] = ()
     interrupts: Interrupts = field(default_factory=Interrupts)
     budget: Budget = field(default_factory=Budget)
+    fitting: Fitting = field(default_factory=lambda: Fitting(SETTING))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,13 +127,14 @@ def train(run: Run, state: TrainState | None = None) -> Outcome:
     """Train from ``state`` (None: from the start) to the last step, and evaluate around it.
 
     Raises:
+        OutOfMemory: a step does not fit, however it is cut; the last finished one has been saved.
         NumericError: three steps in a row had a non-finite gradient (the weights are untouched),
             or the model's logits are not finite.
         ServiceError: the reward or the engine failed for good.
         Interrupted: a signal came; the last finished step has been saved.
     """
     state = state or first_state(run)
-    started, ended_by = state.step, None
+    started, ended_by, version = state.step, None, run.policy.version
     with run.interrupts.installed():
         try:
             self_test(run.policy, run.rollouts)
@@ -143,6 +146,7 @@ def train(run: Run, state: TrainState | None = None) -> Outcome:
                     iteration = iterate(run, state)
                     seconds = run.budget.clock() - step_began
                     state = finish(run, state, iteration, seconds=seconds)
+                    version = run.policy.version
                 run.interrupts.release()
                 state, newest = evaluate_if_due(run, state)
                 save_if_due(run, state)
@@ -154,6 +158,10 @@ def train(run: Run, state: TrainState | None = None) -> Outcome:
             raise
         except FloatingPointError as error:
             raise NumericError(f"after step {state.step}: {error}") from error
+        except OutOfMemory:
+            if run.policy.version == version:  # else a part of the step has been taken
+                run.keeper.save(state)
+            raise
     return Outcome(state=state, ended_by=ended_by, before=before, after=newest)
 
 
@@ -171,7 +179,7 @@ def iterate(run: Run, state: TrainState) -> Iteration:
         greedy_baseline=run.rollouts.greedy_baseline,
     )
     stale = collected.stale(version)
-    evidence = gather_evidence(policy, objective, rollout, how, stale=stale)
+    evidence = gather_evidence(policy, objective, rollout, how, stale=stale, fitting=run.fitting)
     advantage = objective.credit(rollout, evidence)
     targets = Targets(rollout=rollout, evidence=evidence, advantage=advantage)
     result = update(
@@ -181,6 +189,7 @@ def iterate(run: Run, state: TrainState) -> Iteration:
         coefficients=state.coefficients,
         settings=how,
         before_step=run.interrupts.hold,
+        fitting=run.fitting,
     )
     run.engine.load(None, policy.version)
     return Iteration(collected=collected, targets=targets, result=result, version=version)

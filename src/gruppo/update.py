@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from gruppo import dist
+from gruppo.memory import Fitting, micro_batches
 from gruppo.metric import Max, Metric, Sum, extremes, mean_over, merge, reduce
 from gruppo.objective import (
     Coefficients,
@@ -29,6 +31,9 @@ from gruppo.objective import (
 from gruppo.policy import Policy, UpdateReport
 from gruppo.settings import UpdateSettings
 from gruppo.types import Evidence, Rollout
+
+T = TypeVar("T")
+SETTING: Final = "train.tokens_per_microbatch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +60,7 @@ def gather_evidence(
     settings: UpdateSettings,
     *,
     stale: Sequence[bool] = (),
+    fitting: Fitting | None = None,
 ) -> Evidence:
     """Run the no-grad passes that the objective asks for, and no other.
 
@@ -65,29 +71,57 @@ def gather_evidence(
     needs_old = objective.needs_old(settings.num_updates) or any(stale)
     old = None
     if needs_old:
-        old = _score_all(policy, rollout, settings, reference=False)
+        old = _score_all(policy, rollout, settings, fitting, reference=False)
         if any(stale):
             behaviour = torch.where(rollout.engine_logp.isnan(), old, rollout.engine_logp)
             old = torch.where(torch.tensor(stale)[:, None], behaviour, old)
     reference = None
     if objective.needs_reference:
-        reference = _score_all(policy, rollout, settings, reference=True)
+        reference = _score_all(policy, rollout, settings, fitting, reference=True)
     return Evidence(old_logp=old, ref_logp=reference)
 
 
 def _score_all(
-    policy: Policy, rollout: Rollout, settings: UpdateSettings, *, reference: bool
+    policy: Policy,
+    rollout: Rollout,
+    settings: UpdateSettings,
+    fitting: Fitting | None,
+    *,
+    reference: bool,
 ) -> Tensor:
     score = policy.ref_logp if reference else policy.old_logp
     everything = range(len(rollout.group))
-    result: Tensor | None = None
-    for index in _micro_batches(policy, rollout, everything, settings):
-        prompts, tokens, length = _slice(rollout, index)
-        logp = score(prompts, tokens, length).logp.cpu()
-        if result is None:
-            result = torch.zeros(rollout.tokens.shape, dtype=logp.dtype)
-        result[index, : tokens.shape[1]] = logp
-    return torch.zeros(rollout.tokens.shape) if result is None else result
+
+    def attempt(budget: int) -> Tensor:
+        result: Tensor | None = None
+        for index in micro_batches(rollout, everything, budget, packed=policy.packed):
+            prompts, tokens, length = _slice(rollout, index)
+            logp = score(prompts, tokens, length).logp.cpu()
+            if result is None:
+                result = torch.zeros(rollout.tokens.shape, dtype=logp.dtype)
+            result[index, : tokens.shape[1]] = logp
+        return torch.zeros(rollout.tokens.shape) if result is None else result
+
+    return _fitted(attempt, rollout, settings, fitting)
+
+
+def _fitted(
+    attempt: Callable[[int], T],
+    rollout: Rollout,
+    settings: UpdateSettings,
+    fitting: Fitting | None,
+    undo: Callable[[], None] = lambda: None,
+) -> T:
+    """``attempt`` with micro-batches that fit into memory; one row is the least to try."""
+    prompts = torch.tensor([len(prompt) for prompt in rollout.prompts])
+    sizes = rollout.length + prompts[rollout.group]
+    return (fitting or Fitting(SETTING)).do(
+        attempt,
+        settings.tokens_per_microbatch,
+        total=int(sizes.sum()),
+        least=int(sizes.min()) if len(sizes) else 1,
+        undo=undo,
+    )
 
 
 def update(
@@ -98,13 +132,16 @@ def update(
     coefficients: Coefficients,
     settings: UpdateSettings,
     before_step: Callable[[], None] = lambda: None,
+    fitting: Fitting | None = None,
 ) -> UpdateResult:
     """Take the optimizer steps of one rollout batch.
 
     ``before_step`` is called each time just before weights change. A loss that is not finite
-    changes none.
+    changes none. When memory runs out, the step's gradient is made anew in smaller micro-batches;
+    ``fitting`` remembers for the next call what fitted.
     """
-    step = OptimizerStep(policy, objective, targets, coefficients, settings)
+    fitting = fitting or Fitting(SETTING)
+    step = OptimizerStep(policy, objective, targets, coefficients, settings, fitting)
     reports: list[UpdateReport] = []
     metrics: Mapping[str, Metric] = {}
     for number, rows in enumerate(_minibatches(targets.rollout, settings, policy.version)):
@@ -135,23 +172,36 @@ class OptimizerStep:
     targets: Targets
     coefficients: Coefficients
     settings: UpdateSettings
+    fitting: Fitting = field(default_factory=lambda: Fitting(SETTING))
 
     def accumulate(self, index: Tensor, *, first: bool) -> dict[str, Metric]:
         """Accumulate the gradient of rows ``index`` in the policy."""
         rows = self._rows(index)
-        metrics: dict[str, Metric] = {}
+        chosen = index[self._contributing(rows)].tolist()
         scale = dist.world_size()  # gradients are averaged over ranks, our losses are sums
-        chosen = self._contributing(rows)
-        for micro in _micro_batches(
-            self.policy, self.targets.rollout, index[chosen].tolist(), self.settings
-        ):
-            part = self._locally_weighted(rows.take(_positions(index, micro)), micro, len(index))
-            loss, seen = self._forward(micro, part, first=first)
-            self.policy.backward(loss.value * scale)
-            metrics = merge(metrics, seen)
-        if not len(chosen):
+
+        def attempt(budget: int) -> dict[str, Metric]:
+            metrics: dict[str, Metric] = {}
+            for micro in self._micro_batches(chosen, budget):
+                part = rows.take(_positions(index, micro))
+                part = self._locally_weighted(part, micro, len(index))
+                loss, seen = self._forward(micro, part, first=first)
+                self.policy.backward(loss.value * scale)
+                metrics = merge(metrics, seen)
+            return metrics
+
+        metrics = self._fitted(attempt)
+        if not chosen:
             _add_nothing(self.policy)
         return metrics
+
+    def _micro_batches(self, rows: list[int], budget: int) -> Iterator[Tensor]:
+        return micro_batches(self.targets.rollout, rows, budget, packed=self.policy.packed)
+
+    def _fitted(self, attempt: Callable[[int], T]) -> T:
+        """Micro-batches that fit; a failed attempt's gradient is dropped before the next."""
+        undo = self.policy.discard_gradient
+        return _fitted(attempt, self.targets.rollout, self.settings, self.fitting, undo)
 
     def _rows(self, index: Tensor) -> Rows:
         rollout, evidence = self.targets.rollout, self.targets.evidence
@@ -191,16 +241,18 @@ class OptimizerStep:
             return None
         logp = torch.zeros(mask.shape)
         entropy = torch.zeros(mask.shape) if select.needs_entropy else None
-        with torch.no_grad():
-            for micro in _micro_batches(
-                self.policy, self.targets.rollout, index.tolist(), self.settings
-            ):
+
+        @torch.no_grad()
+        def attempt(budget: int) -> None:
+            for micro in self._micro_batches(index.tolist(), budget):
                 prompts, tokens, length = _slice(self.targets.rollout, micro)
                 scored = self.policy.old_logp(prompts, tokens, length, entropy=select.needs_entropy)
                 local = _positions(index, micro)
                 logp[local, : tokens.shape[1]] = scored.logp.float().cpu()
                 if entropy is not None and scored.entropy is not None:
                     entropy[local, : tokens.shape[1]] = scored.entropy.float().cpu()
+
+        self._fitted(attempt)
         return select(
             logp,
             entropy,
@@ -289,40 +341,6 @@ def live_metrics(live: Live, rows: Rows) -> dict[str, Metric]:
     metrics["is/_weight"] = mean_over(ratio, known)
     metrics["is/_weight_squared"] = mean_over(ratio.square(), known)
     return metrics
-
-
-def micro_batches(
-    rollout: Rollout, rows: Sequence[int] | range, budget: int, *, packed: bool
-) -> Iterator[Tensor]:
-    """Cut rows into forward passes of at most ``budget`` positions.
-
-    Packed, rows of a group stay together and its prompt counts once; else rows of like length go
-    together, so that little is padded. One row too long for the budget still goes, alone.
-    """
-    prompt = {b: len(rollout.prompts[int(rollout.group[b])]) for b in rows}
-    size = {b: prompt[b] + int(rollout.length[b]) for b in rows}
-    order = list(rows) if packed else sorted(rows, key=lambda b: (-size[b], b))
-    batch: list[int] = []
-    used = 0
-    for row in order:
-        if packed:
-            shared = bool(batch) and rollout.group[batch[-1]] == rollout.group[row]
-            total = used + size[row] - prompt[row] * shared
-        else:
-            total = (len(batch) + 1) * size[(batch or [row])[0]]
-        if batch and total > budget:
-            yield torch.tensor(batch)
-            batch, total = [], size[row]
-        batch.append(row)
-        used = total
-    if batch:
-        yield torch.tensor(batch)
-
-
-def _micro_batches(
-    policy: Policy, rollout: Rollout, rows: Sequence[int] | range, settings: UpdateSettings
-) -> Iterator[Tensor]:
-    return micro_batches(rollout, rows, settings.tokens_per_microbatch, packed=policy.packed)
 
 
 def _minibatches(rollout: Rollout, settings: UpdateSettings, version: int) -> Iterator[Tensor]:

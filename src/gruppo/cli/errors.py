@@ -12,7 +12,7 @@ import traceback
 from typing import Final
 
 from gruppo import __version__
-from gruppo.errors import NumericError, ServiceError
+from gruppo.errors import NumericError, OutOfMemory, ServiceError
 from gruppo.interrupt import Interrupted
 
 USER_ERROR: Final = 2
@@ -46,7 +46,7 @@ def exit_code(error: BaseException) -> int:
             return SERVICE_ERROR
         case OSError():
             return IO_ERROR
-        case ValueError():
+        case ValueError() | OutOfMemory():
             return USER_ERROR
         case _ if _is_ours_to_explain(error):
             return USER_ERROR

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from gruppo.types import Completion, Finish, Request, Sampling
 
 Decode = Callable[[Sequence[int]], str]
+EngineKind = Literal["shared", "plain"]
+"""How the local engine draws: prompts shared and batches refilled, or in plain waves."""
 
 
 def check_sampling(sampling: Sampling, *, prefix: str = "sampling.") -> None:

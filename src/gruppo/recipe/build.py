@@ -112,8 +112,12 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
         encoder.decode,
         pad_token=encoder.pad_token,
         compute_dtype=dtype,
-        max_rows=section.max_rows,
+        max_rows=recipe.engine.max_rows,
+        max_cached_tokens=recipe.engine.max_cached_tokens,
+        kind=recipe.engine.kind,
     )
+    if recipe.engine.kind == "shared" and not engine.is_shared:
+        report(f"engine: {section.name} cannot share prompts, so it is drawn in plain waves")
     return Opened(loaded=loaded, model=model, encoder=encoder, engine=engine, compute=dtype)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Discriminator
 
+from gruppo.engine.base import EngineKind
 from gruppo.evaluate import EvalSettings
 from gruppo.model.adapter import Lora
 from gruppo.policy.optim import Optim
@@ -40,7 +41,6 @@ class ModelSection:
     adapter instead of all weights. ``packing`` computes a prompt once for its whole group; it is
     tried on opening and left off where the model's log-probabilities would differ.
     ``gradient_checkpointing`` trades a third more computation for the memory of activations.
-    ``max_rows`` completions are drawn at once.
     """
 
     __pydantic_config__: ClassVar = _FORBID
@@ -52,15 +52,36 @@ class ModelSection:
     lora: Lora | None = None
     packing: bool = True
     gradient_checkpointing: bool = False
-    max_rows: int = 128
 
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise ValueError("name is empty: give a hub name, a folder or pypi:NAME")
         if not _DEVICE.fullmatch(self.device):
             raise ValueError(f'device = "{self.device}": must be auto, cpu, cuda or cuda:N')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSection:
+    """What draws the completions.
+
+    ``kind = "shared"`` holds a prompt's keys and values once for its group and starts waiting
+    completions as soon as others end; models for which that would draw something else (tried on
+    opening) take ``"plain"`` waves. ``max_rows`` completions are drawn at once;
+    ``max_cached_tokens`` bounds the tokens whose keys and values are held at once, every prompt
+    counted once and every running completion with its whole budget.
+    """
+
+    __pydantic_config__: ClassVar = _FORBID
+
+    kind: EngineKind = "shared"
+    max_rows: int = 128
+    max_cached_tokens: int | None = None
+
+    def __post_init__(self) -> None:
         if self.max_rows < 1:
             raise ValueError(f"max_rows = {self.max_rows}: must be at least 1")
+        if self.max_cached_tokens is not None and self.max_cached_tokens < 1:
+            raise ValueError(f"max_cached_tokens = {self.max_cached_tokens}: must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +119,15 @@ class RecordSection:
 class Recipe:
     """A whole recipe. Make one with ``load``, which checks everything and explains mistakes.
 
-    Required are ``model``, ``data`` and ``reward``; ``rollout``, ``objective``, ``optim``,
-    ``train``, ``eval`` and ``record`` have defaults. Every section says in its own record what its
-    keys mean.
+    Required are ``model``, ``data`` and ``reward``; ``engine``, ``rollout``, ``objective``,
+    ``optim``, ``train``, ``eval`` and ``record`` have defaults. Every section says in its own
+    record what its keys mean.
     """
 
     model: ModelSection
     data: DataSection
     reward: RewardSection
+    engine: EngineSection = field(default_factory=EngineSection)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     optim: Optim = field(default_factory=Optim)

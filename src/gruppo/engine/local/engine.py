@@ -11,12 +11,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from gruppo.engine.base import Decode, check_requests, check_sampling, complete, ends_in_stop, room
+from gruppo.engine.base import (
+    Decode,
+    EngineKind,
+    check_requests,
+    check_sampling,
+    complete,
+    ends_in_stop,
+    room,
+)
 from gruppo.engine.local.batch import plan_waves
 from gruppo.engine.local.module import HALF, copy_weights, generating
 from gruppo.engine.local.packed import WORTHWHILE, packed_linears
@@ -25,12 +33,11 @@ from gruppo.engine.local.schedule import Row, Schedule, rows_of
 from gruppo.engine.local.shared import Drawing, Drawn, Spoken
 from gruppo.engine.local.store import Store
 from gruppo.engine.local.waves import Waves
+from gruppo.memory import Fitting
 from gruppo.model.parts import context_length, text_config
 from gruppo.types import Completion, Request, Sampling
 
 _COMPUTE_DTYPES = (torch.float32, torch.float64, *HALF)
-
-EngineKind = Literal["shared", "plain"]
 
 
 @final
@@ -83,6 +90,7 @@ class LocalEngine:
         self._compute_dtype = compute_dtype
         self._max_rows = max_rows
         self._max_cached_tokens = max_cached_tokens
+        self._fitting = Fitting("engine.max_rows")
         self._version = 0
         self._is_aborted = False
         self.is_shared = kind == "shared" and can_share(model, compute_dtype)
@@ -104,6 +112,8 @@ class LocalEngine:
         Raises:
             ValueError: for a request or a sampling field that cannot be honoured, or after close.
             FloatingPointError: if the model's logits hold NaN or inf.
+            OutOfMemory: one completion at a time does not fit. With more at once, memory running
+                out lowers ``max_rows`` (told once); what is drawn stays the same.
         """
         model = self._open()
         context = context_length(model)
@@ -112,7 +122,11 @@ class LocalEngine:
         limits = [room(request, sampling, context) for request in requests]
         self._is_aborted = False
         draw = self._shared if self.is_shared else self._plain
-        drawn = draw(model, requests, limits, sampling)
+        drawn = self._fitting.do(
+            lambda max_rows: draw(model, requests, limits, sampling, max_rows),
+            self._max_rows,
+            total=sum(request.num_samples for request in requests),
+        )
         return [
             tuple(
                 self._complete(drawn, Row(request=index, sample=at, limit=limit), sampling)
@@ -159,12 +173,11 @@ class LocalEngine:
         requests: Sequence[Request],
         limits: Sequence[int],
         sampling: Sampling,
+        max_rows: int,
     ) -> dict[Row, Drawn]:
         rows = rows_of(requests, limits)
-        schedule = Schedule(
-            rows, requests, max_rows=self._max_rows, max_tokens=self._max_cached_tokens
-        )
-        slots = min(self._max_rows, len(rows))
+        schedule = Schedule(rows, requests, max_rows=max_rows, max_tokens=self._max_cached_tokens)
+        slots = min(max_rows, len(rows))
         steps = max(limits, default=0)
         with (
             generating(model, self._compute_dtype) as dtype,
@@ -195,6 +208,7 @@ class LocalEngine:
         requests: Sequence[Request],
         limits: Sequence[int],
         sampling: Sampling,
+        max_rows: int,
     ) -> dict[Row, Drawn]:
         drawn: dict[Row, Drawn] = {}
         with generating(model, self._compute_dtype) as dtype:
@@ -206,7 +220,7 @@ class LocalEngine:
                 dtype=dtype,
                 spoken=self._spoken(sampling),
             )
-            for rows in plan_waves(requests, limits, max_rows=self._max_rows):
+            for rows in plan_waves(requests, limits, max_rows=max_rows):
                 if not self._is_aborted:
                     drawn |= waves.draw(rows)
         return drawn

@@ -1,0 +1,129 @@
+"""Forward passes that fit into memory: rows cut by a token budget, and less if that is too much.
+
+No result depends on how rows are cut (but for the one loss that is defined by it). It knows no
+model; what is done with a portion, and how half-done work is undone, its caller says.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from gruppo.errors import OutOfMemory
+from gruppo.types import Rollout
+
+T = TypeVar("T")
+_log: Final = logging.getLogger(__name__)
+# What torch's allocators say; a CPU's has no exception class of its own.
+_WORDS: Final = ("can't allocate memory", "out of memory", "bad_alloc")
+
+
+def micro_batches(
+    rollout: Rollout, rows: Sequence[int] | range, budget: int, *, packed: bool
+) -> Iterator[Tensor]:
+    """Cut rows into forward passes of at most ``budget`` positions.
+
+    Packed, rows of a group stay together and its prompt counts once; else rows of like length go
+    together, so that little is padded. One row too long for the budget still goes, alone.
+    """
+    prompt = {b: len(rollout.prompts[int(rollout.group[b])]) for b in rows}
+    size = {b: prompt[b] + int(rollout.length[b]) for b in rows}
+    order = list(rows) if packed else sorted(rows, key=lambda b: (-size[b], b))
+    batch: list[int] = []
+    used = 0
+    for row in order:
+        if packed:
+            shared = bool(batch) and rollout.group[batch[-1]] == rollout.group[row]
+            total = used + size[row] - prompt[row] * shared
+        else:
+            total = (len(batch) + 1) * size[(batch or [row])[0]]
+        if batch and total > budget:
+            yield torch.tensor(batch)
+            batch, total = [], size[row]
+        batch.append(row)
+        used = total
+    if batch:
+        yield torch.tensor(batch)
+
+
+@final
+class Fitting:
+    """What was found to fit: ``limit`` is the largest portion to try, None while all fitted."""
+
+    def __init__(self, setting: str) -> None:
+        """``setting`` is the recipe's name of the portion's size, for messages."""
+        self.limit: int | None = None
+        self._setting = setting
+
+    def do(
+        self,
+        work: Callable[[int], T],
+        size: int,
+        *,
+        total: int,
+        least: int = 1,
+        undo: Callable[[], None] = lambda: None,
+    ) -> T:
+        """Return ``work(size)``; when memory runs out, undo what it did and halve the size.
+
+        Args:
+            work: does everything, so much at a time.
+            size: as the recipe says; a limit found before is respected.
+            total: all there is to do at once; halving a size above it would change nothing.
+            least: smallest size that still makes a difference.
+            undo: called after a failed attempt.
+
+        Raises:
+            OutOfMemory: it does not fit even so.
+        """
+        while True:
+            size = size if self.limit is None else min(size, self.limit)
+            try:
+                return work(size)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if min(size, total) // 2 < least:
+                    raise OutOfMemory(
+                        f"out of memory with {self._setting} = {size}, and less would not help: "
+                        "lower rollout.max_tokens, take a smaller model, or set "
+                        "model.gradient_checkpointing = true or [model.lora]"
+                    ) from error
+            undo()
+            _give_back()
+            self._limit(min(size, total) // 2, size)
+
+    def _limit(self, size: int, before: int) -> None:
+        if self.limit is None:
+            _log.warning(
+                "out of memory: going on with %s = %d (was %d); no result depends on it",
+                self._setting,
+                size,
+                before,
+            )
+        self.limit = size
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, of the device or the host, has given up.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: ..."))
+    True
+    >>> is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    False
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+
+
+def _give_back() -> None:
+    """Free what the failed attempt left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
