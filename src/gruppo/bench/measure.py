@@ -1,0 +1,239 @@
+"""One system's steps, phase by phase: gruppo's own parts, called as the loop calls them."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gruppo.bench.machine import peak_gib, reset_peak, wait, watching
+from gruppo.bench.work import Work
+from gruppo.engine import LocalEngine
+from gruppo.model import Encoder, Loaded, compute_dtype, end_ids, load
+from gruppo.model.parts import causal, embedding
+from gruppo.objective import PRESETS, KLNaive, KLTerm, Objective
+from gruppo.policy import Optim, Policy
+from gruppo.settings import UpdateSettings
+from gruppo.types import Completion, Message, Request, Rollout, Sampling
+from gruppo.update import OptimizerStep, Targets, gather_evidence
+
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Medians over the measured steps.
+
+    ``seconds`` by phase: "prefill" (one token for every prompt's first completion), "sampling"
+    (the whole drawing, prefill included), "reference", "forward_backward", "optimizer", "save"
+    (once), "step" (sampling to optimizer). ``sampled_per_s`` and ``trained_per_s`` are completion
+    tokens. ``utilisation`` is the share of the measured matmul peak that the model's own products
+    reach, by phase. ``padding`` is the share of trained positions that are padding.
+    ``other_cpus`` above 0.1 means that the timing is worth nothing.
+    """
+
+    work: dict[str, Any]
+    compute: str
+    seconds: dict[str, float]
+    sampled_per_s: float
+    trained_per_s: float
+    utilisation: dict[str, float] = field(default_factory=dict)
+    padding: float
+    peak_gib: float
+    cache_gib: float
+    other_cpus: float
+
+
+def measure(work: Work, *, gflops: dict[str, float] | None = None) -> Measured:
+    """Run ``work`` and time it; ``gflops`` is the machine's peak by type of the products."""
+    bench = _Bench(work)
+    for number in range(work.warmup):
+        bench.step(number)
+    bench.seconds.clear()
+    reset_peak(bench.device)
+    with watching() as others:
+        for number in range(work.steps):
+            bench.step(work.warmup + number)
+    peak = peak_gib(bench.device)
+    bench.prefill()
+    bench.save()
+    seconds = {name: statistics.median(values) for name, values in bench.seconds.items()}
+    phases = ("sampling", "reference", "forward_backward", "optimizer")
+    seconds["step"] = sum(seconds.get(phase, 0.0) for phase in phases)
+    tokens = work.prompts * work.group * work.max_tokens
+    training = seconds["step"] - seconds["sampling"]
+    top = (gflops or {}).get(bench.compute)
+    return Measured(
+        work=asdict(work),
+        compute=bench.compute,
+        seconds=seconds,
+        sampled_per_s=tokens / seconds["sampling"],
+        trained_per_s=tokens / training,
+        utilisation=bench.utilisation(seconds, top) if top else {},
+        padding=0.0 if bench.policy.packed else bench.padding,
+        peak_gib=peak,
+        cache_gib=bench.engine.peak_cache_bytes / 2**30,
+        other_cpus=others.share,
+    )
+
+
+class _Bench:
+    """The parts of a run, and the seconds of its phases."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        cuda = torch.cuda.is_available()
+        self.device = work.device if work.device != "auto" else "cuda" if cuda else "cpu"
+        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        dtype = compute_dtype(self.device) if work.compute == "auto" else kinds[work.compute]
+        self.compute = str(dtype).removeprefix("torch.")
+        loaded = load(work.model, device=self.device)
+        self.loaded = loaded
+        self.objective = _objective(work)
+        self.policy = Policy(
+            loaded.model,
+            optim=Optim(),
+            total_updates=work.steps + work.warmup,
+            compute_dtype=dtype,
+            reference="copy" if work.beta else "none",
+            packing=work.packing,
+        )
+        encoder = _encoder(loaded)
+        self.engine = LocalEngine(
+            loaded.model,
+            encoder.decode,
+            pad_token=encoder.pad_token,
+            compute_dtype=dtype,
+            max_rows=work.prompts * work.group,
+            kind=work.engine,
+        )
+        total = (work.steps + work.warmup) * work.prompts
+        self.prompts = _prompts(work, loaded, encoder, total)
+        self.seconds: dict[str, list[float]] = {}
+        self.padding = 0.0
+
+    def step(self, number: int) -> None:
+        work, first = self.work, number * self.work.prompts
+        prompts = self.prompts[first : first + work.prompts]
+        settings = UpdateSettings(tokens_per_microbatch=work.tokens_per_microbatch, skip_dead=False)
+        with self._phase("sampling"):
+            groups = self._draw(prompts, work.max_tokens, first, work.group)
+        batch = _rollout(prompts, groups)
+        if work.beta:
+            with self._phase("reference"):
+                evidence = gather_evidence(self.policy, self.objective, batch, settings)
+        else:
+            evidence = gather_evidence(self.policy, self.objective, batch, settings)
+        advantage = self.objective.credit(batch, evidence)
+        targets = Targets(rollout=batch, evidence=evidence, advantage=advantage)
+        with self._phase("forward_backward"):
+            step = OptimizerStep(
+                self.policy, self.objective, targets, self.objective.coefficients, settings
+            )
+            step.accumulate(torch.arange(len(batch.group)), first=True)
+        with self._phase("optimizer"):
+            self.policy.step()
+        self.engine.load(None, self.policy.version)
+        longest = max(map(len, prompts)) + work.max_tokens
+        filled = sum(len(prompt) + work.max_tokens for prompt in prompts) * work.group
+        self.padding = 1 - filled / (longest * len(batch.group))
+
+    def prefill(self) -> None:
+        """Time the prompts alone: one completion of one token each."""
+        for _ in range(3):
+            with self._phase("prefill"):
+                self._draw(self.prompts[: self.work.prompts], 1, 0, 1)
+
+    def save(self) -> None:
+        """Time writing the weights as a model folder."""
+        with tempfile.TemporaryDirectory() as folder, self._phase("save"):
+            self.policy.save_pretrained(Path(folder), self.loaded.tokenizer)
+
+    def utilisation(self, seconds: dict[str, float], top: float) -> dict[str, float]:
+        """Share of ``top`` GFLOP/s that the model's own products reach.
+
+        Twice its weights a token and pass; a backward pass is two. The embedding's look-up counts
+        nothing, the head where it is applied: at completion tokens.
+        """
+        work = self.work
+        size = embedding(self.loaded.model).numel()
+        every = sum(p.numel() for p in causal(self.loaded.model).parameters())
+        tied = causal(self.loaded.model).config.tie_word_embeddings
+        trunk = every - (size if tied else 2 * size)
+        completions = work.prompts * work.group * work.max_tokens
+        prompts = sum(map(len, self.prompts[: work.prompts]))
+        forward = 2 * (trunk * (completions + prompts) + size * completions) / 1e9
+        made = {"sampling": forward, "forward_backward": 3 * forward, "reference": forward}
+        return {name: made[name] / seconds[name] / top for name in made if name in seconds}
+
+    def _draw(
+        self, prompts: list[tuple[int, ...]], tokens: int, key: int, samples: int
+    ) -> list[tuple[Completion, ...]]:
+        requests = [
+            Request(tokens=prompt, num_samples=samples, key=(_SEED, key + index))
+            for index, prompt in enumerate(prompts)
+        ]
+        return self.engine.generate(requests, Sampling(max_tokens=tokens))
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        wait(self.device)
+        started = time.perf_counter()
+        yield
+        wait(self.device)
+        self.seconds.setdefault(name, []).append(time.perf_counter() - started)
+
+
+def _objective(work: Work) -> Objective:
+    kl = KLTerm(beta=work.beta, estimator=KLNaive()) if work.beta else None
+    preset = PRESETS["default"].objective
+    return Objective(
+        credit=preset.credit, surrogate=preset.surrogate, weights=preset.weights, kl=kl
+    )
+
+
+def _encoder(loaded: Loaded) -> Encoder:
+    chat = loaded.tokenizer.chat_template is not None
+    ends = end_ids(loaded.model.generation_config)
+    return Encoder(loaded.tokenizer, chat=chat, stop_tokens=ends)
+
+
+def _prompts(work: Work, loaded: Loaded, encoder: Encoder, count: int) -> list[tuple[int, ...]]:
+    if work.prompt_tokens:
+        draw = torch.Generator().manual_seed(_SEED)
+        high = len(embedding(loaded.model))
+        shape = (count, work.prompt_tokens)
+        return [tuple(row) for row in torch.randint(high // 2, shape, generator=draw).tolist()]
+    asked = work.questions(count)
+    return [encoder.encode((Message(role="user", content=text),)) for text in asked]
+
+
+def _rollout(prompts: list[tuple[int, ...]], groups: list[tuple[Completion, ...]]) -> Rollout:
+    """The batch with made-up rewards, half of each group right, so that all rows learn."""
+    rows = [completion for group in groups for completion in group]
+    tokens = torch.tensor([row.tokens for row in rows])
+    size = len(groups[0])
+    total = (torch.arange(len(rows)) % size < size // 2).double()
+    return Rollout(
+        prompts=tuple(prompts),
+        tokens=tokens,
+        mask=torch.ones_like(tokens, dtype=torch.bool),
+        engine_logp=torch.tensor([row.logp for row in rows]),
+        group=torch.arange(len(groups)).repeat_interleave(size),
+        total=total,
+        task=total,
+        parts=total[:, None],
+        part_names=("made_up",),
+        part_weights=torch.ones(1, dtype=torch.float64),
+        length=torch.full((len(rows),), tokens.shape[1]),
+        truncated=torch.ones(len(rows), dtype=torch.bool),
+        steps=((),) * len(rows),
+        baseline=None,
+    )

