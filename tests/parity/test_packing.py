@@ -85,4 +85,4 @@ def test_the_layout_of_two_groups():
     assert packing.positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert packing.source.tolist() == [2, 3, 4, 2, 5, 6]
     assert [(g.start, g.stop) for g in packing.groups] == [(0, 3), (5, 6)]
-    assert packing.groups[0].valid.tolist() == [[True, True], [False, False]]
+    assert packing.groups[0].filled.tolist() == [0, 1]

@@ -31,7 +31,8 @@ def curve(work: Work, name: str) -> list[dict[str, Any]]:
     points = []
     for value in CURVES[name]:
         changed = {"prompt_tokens": work.prompt_tokens or 256, name: value}
-        here = Work(**(asdict(work) | changed))
+        everything: dict[str, Any] = asdict(work) | changed
+        here = Work(**everything)
         found = measure(here)
         points.append(
             {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gruppo.model.attention import NAME, PACKING
 from gruppo.model.head import logit_rule, token_logp
-from gruppo.model.packing import pack
+from gruppo.model.packing import Packing, pack
 from gruppo.model.parts import body, causal, device_of, embedding, head
 
 
@@ -130,17 +130,20 @@ def _packed_states(
     model: nn.Module, prompts: Sequence[Sequence[int]], tokens: Tensor, counts: list[int]
 ) -> Float[Tensor, "N D"]:
     """The same hidden states from one packed row, each prompt computed once."""
-    device = device_of(model)
-    packing = pack(prompts, tokens, counts)
+    return packed_states(model, pack(prompts, tokens, counts, device=device_of(model)))
+
+
+def packed_states(model: nn.Module, packing: Packing) -> Float[Tensor, "N D"]:
+    """Hidden states that predict the completion tokens of a packed row."""
     output = body(model)(
-        input_ids=packing.ids[None].to(device),
-        position_ids=packing.positions[None].to(device),
+        input_ids=packing.ids[None],
+        position_ids=packing.positions[None],
         # four dimensions: transformers takes it as it is, and makes no mask of N x N
-        attention_mask=torch.zeros(1, 1, 1, 1, device=device),
+        attention_mask=torch.zeros(1, 1, 1, 1, device=packing.ids.device),
         use_cache=False,
         **{PACKING: packing},
     )
-    return output.last_hidden_state[0][packing.source.to(device)]
+    return output.last_hidden_state[0][packing.source]
 
 
 @torch.no_grad()

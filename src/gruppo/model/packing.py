@@ -27,13 +27,14 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class PackedGroup:
     """Where one group lies in the packed row: its prompt, and its completions padded to T.
 
-    ``index`` are positions in the packed row (0 where not ``valid``).
+    ``index`` are positions in the packed row (0 beyond a completion's end); ``filled`` are the
+    entries of ``index``, counted row by row, that hold a token.
     """
 
     start: int
     stop: int
     index: Int[Tensor, "G T"]
-    valid: Bool[Tensor, "G T"]
+    filled: Int[Tensor, "N"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,7 +51,11 @@ class Packing:
 
 
 def pack(
-    prompts: Sequence[Sequence[int]], tokens: Int[Tensor, "B T"], counts: Sequence[int]
+    prompts: Sequence[Sequence[int]],
+    tokens: Int[Tensor, "B T"],
+    counts: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
 ) -> Packing:
     """Lay rows out in one packed row; neighbours with the same prompt share it.
 
@@ -60,6 +65,7 @@ def pack(
         prompts: One prompt per row, not empty.
         tokens: Completion tokens.
         counts: Completion lengths.
+        device: Where the model is.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -77,12 +83,12 @@ def pack(
             source += [stop - 1] * (counts[row] > 0) + list(range(len(ids), len(ids) + read))
             ids += tokens[row, :read].tolist()
             positions += range(len(prompt), len(prompt) + read)
-        groups.append(_group(start, stop, spans))
+        groups.append(_group(start, stop, spans, device))
     return Packing(
-        ids=torch.tensor(ids),
-        positions=torch.tensor(positions),
+        ids=torch.tensor(ids, device=device),
+        positions=torch.tensor(positions, device=device),
         groups=tuple(groups),
-        source=torch.tensor(source, dtype=torch.long),
+        source=torch.tensor(source, dtype=torch.long, device=device),
     )
 
 
@@ -91,13 +97,18 @@ def _runs(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], lis
         yield prompt, list(rows)
 
 
-def _group(start: int, stop: int, spans: list[tuple[int, int]]) -> PackedGroup:
+def _group(
+    start: int, stop: int, spans: list[tuple[int, int]], device: torch.device | str
+) -> PackedGroup:
     width = max(read for _, read in spans)
     steps = torch.arange(width)
     first = torch.tensor([position for position, _ in spans])
     valid = steps < torch.tensor([read for _, read in spans])[:, None]
     index = torch.where(valid, first[:, None] + steps, 0)
-    return PackedGroup(start=start, stop=stop, index=index, valid=valid)
+    filled = valid.flatten().nonzero()[:, 0]
+    return PackedGroup(
+        start=start, stop=stop, index=index.to(device), filled=filled.to(device)
+    )
 
 
 def packed_attention(
@@ -120,13 +131,13 @@ def packed_attention(
         parts.append(kernel(q, k, v, _seen(group, 0, q.device, window)))
         if group.index.shape[1] == 0:
             continue
-        index = group.index.to(query.device)
+        index = group.index
         own = [tensor[0][:, index].transpose(0, 1) for tensor in (query, key, value)]
         size = len(index)
         keys = torch.cat([k.expand(size, -1, -1, -1), own[1]], dim=2)
         values = torch.cat([v.expand(size, -1, -1, -1), own[2]], dim=2)
         mixed = kernel(own[0], keys, values, _seen(group, index.shape[1], q.device, window))
-        parts.append(mixed[group.valid.to(query.device)][None])
+        parts.append(mixed.flatten(0, 1)[group.filled][None])
     return torch.cat(parts, dim=1)
 
 

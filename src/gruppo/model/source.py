@@ -29,7 +29,7 @@ from transformers import (
 
 from gruppo.model.attention import adopt
 from gruppo.model.logprob import completion_logp
-from gruppo.model.packaged import PREFIX, prepare, quiet
+from gruppo.model.packaged import PREFIX, prepare, prepared, quiet
 from gruppo.model.parts import causal, device_of, embedding
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
@@ -141,6 +141,20 @@ def disable_dropout(config: PreTrainedConfig) -> None:
         for key, value in part.to_dict().items():
             if key.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, float):
                 setattr(part, key, 0.0)
+
+
+def locate(name: str) -> str:
+    """Where the model ``name`` is opened from, a folder or the hub; nothing is fetched.
+
+    Raises:
+        ValueError: there is no such folder, or a packaged model has not been fetched yet.
+    """
+    if not name.startswith(PREFIX):
+        return _resolve(name)
+    folder = prepared(name)
+    if folder is None:
+        raise ValueError(f"{name} has not been fetched yet: gruppo chat {name} does it")
+    return str(folder)
 
 
 def _resolve(name: str) -> str:

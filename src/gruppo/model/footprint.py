@@ -1,0 +1,130 @@
+"""What a training forward keeps for its backward pass, counted without doing it.
+
+The model is built of fake tensors: shapes and types without memory. Its forward runs as ever, and
+every tensor that autograd saves is counted once, so the number is right for any architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from gruppo.model.adapter import Lora, attach
+from gruppo.model.attention import NAME
+from gruppo.model.packing import pack
+from gruppo.model.logprob import packed_states
+from gruppo.model.parts import causal, embedding, text_config
+from gruppo.model.source import checkpoint_activations, locate, quiet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes of a model and of one packed forward and backward pass.
+
+    ``weights`` counts tied ones once, ``trainable`` those that get a gradient, ``largest`` the
+    largest trainable matrix. ``linears`` are the matrices of linear layers (the head too, tied or
+    not). ``saved`` is what autograd keeps of a forward, ``vocabulary`` the size of one position's
+    logits in float32.
+    """
+
+    weights: int
+    trainable: int
+    largest: int
+    linears: int
+    saved: int
+    head: int
+    vocabulary: int
+    num_layers: int
+    cache_per_token: int
+
+
+def footprint(
+    name: str,
+    *,
+    revision: str | None = None,
+    lora: Lora | None = None,
+    compute: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
+    prompts: Sequence[int],
+    group: int,
+    completion: int,
+) -> Footprint:
+    """Count for one packed row: prompts of these lengths, each with ``group`` completions.
+
+    Raises:
+        ValueError, OSError: the model's configuration cannot be had.
+    """
+    with quiet():
+        config = AutoConfig.from_pretrained(
+            locate(name), revision=revision, trust_remote_code=False
+        )
+    rows = [tuple(range(length)) for length in prompts for _ in range(group)]
+    tokens = torch.zeros(len(rows), completion, dtype=torch.long)
+    # every prompt differs in its first token, or neighbours would share it
+    rows = [(number // group, *row[1:]) for number, row in enumerate(rows)]
+    packing = pack(rows, tokens, [completion] * len(rows))
+    mixed = compute == torch.bfloat16
+    saved: dict[int, int] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True), quiet():
+        model = _skeleton(config, lora, compute, gradient_checkpointing)
+        weights = {_key(p): p for p in model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if _key(tensor) not in weights:
+                saved[_key(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with (
+            saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed),
+        ):
+            states = packed_states(model, packing)
+        del states
+    return _count(model, weights, sum(saved.values()), compute)
+
+
+def _skeleton(
+    config: PreTrainedConfig, lora: Lora | None, compute: torch.dtype, checkpointing: bool
+) -> nn.Module:
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.set_attn_implementation(NAME)
+    if checkpointing:
+        checkpoint_activations(model)
+    if lora is not None:
+        model = attach(model, lora, compute_dtype=compute)
+    return model.train()
+
+
+def _count(
+    model: nn.Module, weights: dict[int, nn.Parameter], saved: int, compute: torch.dtype
+) -> Footprint:
+    config = text_config(model)
+    trainable = [p for p in weights.values() if p.requires_grad]
+    linears = {id(m.weight): m.weight for m in model.modules() if type(m) is nn.Linear}
+    heads = config.num_key_value_heads if "num_key_value_heads" in config.to_dict() else None
+    heads = heads or config.num_attention_heads
+    width = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    item = 2 if compute == torch.bfloat16 else 4
+    rows = len(embedding(model))
+    return Footprint(
+        weights=sum(p.nbytes for p in weights.values()),
+        trainable=sum(p.nbytes for p in trainable),
+        largest=max(p.nbytes for p in trainable),
+        linears=sum(w.numel() * item for w in linears.values()),
+        saved=saved,
+        head=causal(model).get_output_embeddings().weight.nbytes,
+        vocabulary=rows * 4,
+        num_layers=config.num_hidden_layers,
+        cache_per_token=2 * config.num_hidden_layers * heads * width * item,
+    )
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

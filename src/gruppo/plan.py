@@ -1,0 +1,164 @@
+"""How much memory a recipe needs, before it is run: every part counted, the peak their worst sum.
+
+Counted from the model's configuration and the recipe's numbers; nothing is loaded or computed.
+Work that depends on the data, such as how long prompts are, is taken at its bound unless told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gruppo.model.footprint import Footprint, footprint
+from gruppo.recipe import Recipe
+from gruppo.recipe.build import pin
+from gruppo.recipe.problems import USUAL_PROMPT
+
+_GIB = 2**30
+_CHUNK = 512  # positions of which the head makes logits at once (model.logprob)
+_PREFILL = 2048  # prompt tokens in one pass of the engine
+_COLUMNS = 128  # an own cache grows by so many
+_DRAW = 4  # copies of a turn's logits while tokens are drawn: themselves, softmax, blocks, padding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by part, and at each phase's worst moment.
+
+    ``process`` is Python with its libraries (on a CUDA device 0: the plan is the device's).
+    """
+
+    process: int
+    weights: int
+    gradients: int
+    moments: int
+    reference: int
+    activations: int
+    head: int
+    cache: int
+    packed: int
+    drawing: int
+    optimizer: int
+
+    @property
+    def sampling(self) -> int:
+        """While completions are drawn."""
+        return self._lasting + self.cache + self.packed + self.drawing
+
+    @property
+    def training(self) -> int:
+        """At the end of a forward pass: activations, and the head's logits with their gradient."""
+        return self._lasting + self.gradients + self.activations + self.head
+
+    @property
+    def updating(self) -> int:
+        """While the optimizer moves the weights."""
+        return self._lasting + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        """The most of the three."""
+        return max(self.sampling, self.training, self.updating)
+
+    @property
+    def _lasting(self) -> int:
+        return self.process + self.weights + self.moments + self.reference
+
+    def text(self) -> str:
+        """The plan in one line."""
+        phases = {"sampling": self.sampling, "training": self.training, "update": self.updating}
+        worst = max(phases, key=lambda name: phases[name])
+        parts = {
+            "weights": self.weights,
+            "optimizer": self.moments,
+            "gradients": self.gradients,
+            "reference": self.reference,
+            "activations": self.activations + self.head,
+            "keys and values": self.cache,
+        }
+        told = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items() if size)
+        return f"memory: about {self.peak / _GIB:.1f} GiB at the peak ({worst}); {told} GiB"
+
+
+def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
+    """Plan the memory of a run of ``recipe``.
+
+    Args:
+        recipe: a checked recipe.
+        prompt_tokens: length of every prompt; None takes ``data.max_prompt_tokens``.
+
+    Raises:
+        ValueError, OSError: the model's configuration cannot be had.
+    """
+    model, rollout = pin(recipe.model), recipe.rollout
+    length = prompt_tokens or recipe.data.max_prompt_tokens or USUAL_PROMPT
+    compute = torch.bfloat16 if model.compute == "bfloat16" else torch.float32
+    groups = _groups(recipe, length)
+    found = footprint(
+        model.name,
+        revision=model.revision,
+        lora=model.lora,
+        compute=compute,
+        gradient_checkpointing=model.gradient_checkpointing,
+        prompts=[length] * len(groups),
+        group=max(groups),
+        completion=rollout.max_tokens,
+    )
+    needs_reference = recipe.objective.build(max_tokens=rollout.max_tokens).needs_reference
+    copied = needs_reference and (model.lora is None or recipe.train.reference_sync_steps > 0)
+    return MemoryPlan(
+        process=_resident() if model.device == "cpu" else 0,
+        weights=found.weights,
+        gradients=found.trainable,
+        moments=2 * found.trainable,
+        reference=found.weights if copied else 0,
+        activations=found.saved,
+        head=_head(found),
+        cache=_cache(recipe, found, length),
+        packed=found.linears if model.device == "cpu" else 0,
+        drawing=_rows(recipe) * found.vocabulary * _DRAW,
+        optimizer=4 * found.largest,
+    )
+
+
+def _groups(recipe: Recipe, prompt: int) -> list[int]:
+    """Completions of each prompt in the largest micro-batch."""
+    rollout, budget = recipe.rollout, recipe.train.tokens_per_microbatch
+    most = rollout.prompts_per_step * rollout.group_size
+    rows, used = 0, 0
+    while rows < most:
+        used += rollout.max_tokens + (prompt if rows % rollout.group_size == 0 else 0)
+        if rows and used > budget:
+            break
+        rows += 1
+    whole, rest = divmod(rows, rollout.group_size)
+    return [rollout.group_size] * whole + [rest] * (rest > 0)
+
+
+def _rows(recipe: Recipe) -> int:
+    rollout = recipe.rollout
+    drawn = rollout.prompts_per_step * rollout.group_size * rollout.oversample
+    return min(recipe.engine.max_rows, int(drawn))
+
+
+def _cache(recipe: Recipe, found: Footprint, prompt: int) -> int:
+    rows, size = _rows(recipe), recipe.rollout.group_size
+    columns = -(-recipe.rollout.max_tokens // _COLUMNS) * _COLUMNS
+    return (rows * columns + -(-rows // size) * prompt) * found.cache_per_token
+
+
+def _head(found: Footprint) -> int:
+    """A chunk's logits, their softmax and gradient, and the head's gradient before it is added."""
+    return 3 * _CHUNK * found.vocabulary + (found.head if found.trainable >= found.head else 0)
+
+
+def _resident() -> int:
+    """Bytes of this process now, its libraries loaded; a usual value where that is not told."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    return _GIB // 2

@@ -1,0 +1,115 @@
+"""The benchmark's arithmetic, and that it measures both systems on the same work."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gruppo.bench import Work, curve, measure, versus, versus_trl
+from gruppo.bench.curves import positions
+from gruppo.cli import main
+
+SMALL = {"prompts": 2, "group": 4, "max_tokens": 3, "steps": 2, "warmup": 0, "compute": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": 0}, "prompts = 0: must be at least 1"),
+        ({"group": 1}, "group = 1: a group needs at least 2"),
+        ({"beta": -0.1}, "beta = -0.1: must not be negative"),
+    ],
+)
+def test_bad_work_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Work(**change)
+
+
+def test_questions_come_from_the_file(tmp_path: Path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question": "one?"}\n{"question": "two?"}\n{"answer": 3}\n')
+    assert Work(data=str(path)).questions(2) == ["one?", "two?"]
+    with pytest.raises(ValueError, match=r'data\.jsonl:3: no text under "question"'):
+        Work(data=str(path)).questions(3)
+    path.write_text('{"question": "one?"}\n')
+    with pytest.raises(ValueError, match="1 rows, 2 are needed"):
+        Work(data=str(path)).questions(2)
+
+
+def test_phases_add_up_on_the_tiny_model(tiny_folder: Path):
+    work = Work(model=str(tiny_folder), beta=0.04, **SMALL)
+    found = measure(work, gflops={"float32": 1e-3})
+    seconds = found.seconds
+    parts = ("sampling", "reference", "forward_backward", "optimizer")
+    assert seconds["step"] == pytest.approx(sum(seconds[name] for name in parts))
+    assert found.sampled_per_s == pytest.approx(2 * 4 * 3 / seconds["sampling"])
+    assert found.trained_per_s == pytest.approx(24 / (seconds["step"] - seconds["sampling"]))
+    used = found.utilisation
+    ratio = 3 * seconds["reference"] / seconds["forward_backward"]
+    assert used["forward_backward"] / used["reference"] == pytest.approx(ratio)
+    assert found.padding == 0.0
+
+
+def test_positions_count_a_prompt_once():
+    assert positions(Work(prompts=2, group=8, max_tokens=10, prompt_tokens=100)) == 360
+
+
+def test_a_curve_varies_one_thing(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    from gruppo.bench import curves
+
+    monkeypatch.setitem(curves.CURVES, "group", (2, 4))
+    small = Work(model=str(tiny_folder), prompt_tokens=9, **SMALL)
+    points = curve(small, "group")
+    assert [(p["group"], p["positions"]) for p in points] == [(2, 2 * (9 + 6)), (4, 2 * (9 + 12))]
+    with pytest.raises(ValueError, match='curve "size": use one of group'):
+        curve(small, "size")
+
+
+def test_ratios_are_of_medians():
+    def run(sampling: float, step: float, peak: float) -> dict[str, object]:
+        return {"seconds": {"sampling": sampling, "step": step}, "peak_gib": peak}
+
+    compared = versus._compare(
+        {
+            "trl": [run(10, 30, 4), run(12, 36, 5), run(50, 99, 4)],
+            "gruppo": [run(3, 8, 2), run(4, 9, 2.5), run(4, 9, 2)],
+        }
+    )
+    assert compared["times_faster"] == {"sampling": 3.0, "training": 24 / 5, "step": 4.0}
+    assert compared["memory_ratio"] == 0.5
+
+
+def test_both_systems_get_the_same_work(tiny_folder: Path, tmp_path: Path):
+    """TRL is played by a script that checks what it was given."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        f"#!{sys.executable}\n"
+        "import json, sys\n"
+        "work = json.load(open(sys.argv[2]))\n"
+        "seconds = {'sampling': 2.0, 'step': 5.0 * len(work['questions'])}\n"
+        "json.dump({'seconds': seconds, 'peak_gib': 1.0}, open(sys.argv[3], 'w'))\n"
+    )
+    stand_in.chmod(0o755)
+    work = Work(model=str(tiny_folder), **SMALL)
+    found = versus_trl(work, python=str(stand_in), rounds=1, micro_batch=4)
+    assert found["seconds"]["trl"] == {"sampling": 2.0, "step": 20.0, "training": 18.0}
+    ours = found["seconds"]["gruppo"]
+    assert found["times_faster"]["step"] == pytest.approx(20.0 / ours["step"])
+    with pytest.raises(ValueError, match="micro_batch = 3 does not divide"):
+        versus_trl(work, python=str(stand_in), rounds=1, micro_batch=3)
+    with pytest.raises(ValueError, match="needs text prompts"):
+        versus_trl(Work(prompt_tokens=5), python="x", rounds=1, micro_batch=8)
+
+
+def test_the_command_writes_json(tiny_folder: Path, tmp_path: Path, capsys):
+    output = tmp_path / "out" / "bench.json"
+    options = ["--prompts", "2", "--group", "2", "--max-tokens", "2", "--steps", "1"]
+    told = ["bench", str(tiny_folder), *options, "--compute", "float32", "--output", str(output)]
+    assert main(told) == 0
+    found = json.loads(output.read_text())
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert found["measured"]["work"]["group"] == 2
+    assert "forward_backward" in capsys.readouterr().out
+    assert main(["bench", str(tiny_folder), "--curves", "size"]) == 2

@@ -1,0 +1,107 @@
+"""The memory plan: counted parts equal what a real pass and the real engine hold."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from gruppo import plan
+from gruppo.engine import LocalEngine
+from gruppo.model import Lora, attach, load
+from gruppo.model.footprint import footprint
+from gruppo.model.logprob import packed_states
+from gruppo.model.packing import pack
+from gruppo.recipe import load as load_recipe
+from gruppo.types import Request, Sampling
+
+
+def really_saved(model, prompts, group, completion, dtype) -> int:
+    """Bytes that autograd keeps of a real forward of the same packed row."""
+    rows = [tuple(range(1, n + 1)) for n in prompts for _ in range(group)]
+    rows = [(number // group, *row[1:]) for number, row in enumerate(rows)]
+    tokens = torch.zeros(len(rows), completion, dtype=torch.long)
+    packing = pack(rows, tokens, [completion] * len(rows))
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    model.train()
+    mixed = dtype == torch.bfloat16
+    with saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype, enabled=mixed):
+        packed_states(model, packing)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [None, Lora(rank=4)])
+def test_saved_activations_are_those_of_a_real_forward(tiny_folder, dtype, lora):
+    found = footprint(
+        str(tiny_folder), compute=dtype, lora=lora, prompts=[9, 4], group=3, completion=6
+    )
+    model = load(str(tiny_folder)).model
+    if lora is not None:
+        model = attach(model, lora, compute_dtype=dtype)
+    assert found.saved == really_saved(model, [9, 4], 3, 6, dtype)
+    assert found.weights == sum(p.nbytes for p in model.parameters())
+    assert found.trainable == sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def test_checkpointing_keeps_less(tiny_folder):
+    sizes = [
+        footprint(
+            str(tiny_folder), gradient_checkpointing=on, prompts=[9], group=3, completion=6
+        ).saved
+        for on in (False, True)
+    ]
+    assert sizes[1] < sizes[0] / 2
+
+
+def recipe(tiny_folder, *changes: str):
+    settings = {
+        "model.name": str(tiny_folder),
+        "model.compute": "float32",
+        "rollout.prompts_per_step": "3",
+        "rollout.group_size": "4",
+        "rollout.max_tokens": "20",
+        "train.tokens_per_microbatch": "200",
+    }
+    given = [f"{key}={value}" for key, value in settings.items()]
+    return load_recipe("quickstart", [*given, *changes])
+
+
+def test_cache_is_what_the_engine_holds(tiny_folder):
+    found = plan.memory(recipe(tiny_folder), prompt_tokens=10)
+    model = load(str(tiny_folder)).model
+    engine = LocalEngine(model, lambda tokens: "", pad_token=256)
+    requests = [
+        Request(tokens=(i, *range(9)), num_samples=4, key=(0, i)) for i in range(3)
+    ]
+    engine.generate(requests, Sampling(max_tokens=20))
+    assert engine.is_shared
+    assert found.cache == engine.peak_cache_bytes
+
+
+def test_the_largest_micro_batch_fits_the_budget(tiny_folder):
+    """Prompts of 10, completions of 20: 90 a group of four; two groups are 180, a row more 210."""
+    assert plan._groups(recipe(tiny_folder), 10) == [4, 4]
+    assert plan._groups(recipe(tiny_folder, "train.tokens_per_microbatch=120"), 10) == [4, 1]
+    assert plan._groups(recipe(tiny_folder, "train.tokens_per_microbatch=1"), 10) == [1]
+    assert plan._groups(recipe(tiny_folder, "train.tokens_per_microbatch=9999"), 10) == [4, 4, 4]
+
+
+def test_parts_follow_the_recipe(tiny_folder):
+    plain = plan.memory(recipe(tiny_folder), prompt_tokens=10)
+    assert (plain.moments, plain.gradients) == (2 * plain.weights, plain.weights)
+    assert plain.reference == 0
+    held = plan.memory(recipe(tiny_folder, "objective.kl={beta = 0.1}"), prompt_tokens=10)
+    assert held.reference == plain.weights
+    low = plan.memory(
+        recipe(tiny_folder, "objective.kl={beta = 0.1}", "model.lora={rank = 2}"), prompt_tokens=10
+    )
+    assert low.reference == 0
+    assert low.moments == 2 * low.gradients < plain.moments / 4
+    assert "memory: about" in plain.text()
