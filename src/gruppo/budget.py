@@ -16,7 +16,7 @@ Kind = Literal["step", "save", "evaluation"]
 
 @dataclass(slots=True, kw_only=True)
 class Budget:
-    """Time since ``began``: when this process took up the run, before it opened a model.
+    """Time since ``began``: when the command line was entered, or else when this was made.
 
     ``longest`` holds the longest step, save and evaluation so far, in seconds of ``clock``.
     """

@@ -223,7 +223,7 @@ def sampled_metrics(
     n = settings.samples
     metrics = {
         f"sampled/pass@{k}": sum(pass_at_k(n, c, k) for c in rights) / len(rights)
-        for k in settings.k
+        for k in sorted(settings.k)
     }
     metrics[f"sampled/avg@{n}"] = sum(rights) / (n * len(rights))
     votes = [
@@ -234,6 +234,35 @@ def sampled_metrics(
     if votes:
         metrics[f"sampled/maj@{n}"] = sum(votes) / len(votes)
     return metrics
+
+
+def in_order(metrics: Mapping[str, float], parts: Sequence[str]) -> dict[str, float]:
+    """Return ``metrics`` in the order in which an evaluation gives them.
+
+    Args:
+        metrics: An evaluation's, in any order.
+        parts: Names of the reward's parts, in their order.
+
+    Example:
+        >>> list(in_order({"a_mean": 1, "len": 1, "pass@1": 1, "b_mean": 1}, ["b", "a"]))
+        ['pass@1', 'len', 'b_mean', 'a_mean']
+    """
+    first = ["pass@1", "pass@1_stderr", "len", "trunc_frac", "unscored_frac"]
+    rank = {name: at for at, name in enumerate([*first, *(f"{part}_mean" for part in parts)])}
+
+    def place(name: str) -> tuple[str, int, int, int]:
+        source, own = "", name
+        if name.startswith("source/"):
+            split = "/sampled/" if "/sampled/" in name else "/"
+            source, _, last = name.rpartition(split)
+            own = f"sampled/{last}" if split != "/" else last
+        kind, _, count = own.partition("@")
+        drawn = ["sampled/pass", "sampled/avg", "sampled/maj"]
+        if kind in drawn:
+            return source, len(rank) + 1, drawn.index(kind), int(count)
+        return source, rank.get(own, len(rank)), 0, 0
+
+    return {name: metrics[name] for name in sorted(metrics, key=lambda name: (place(name), name))}
 
 
 def _ballot_of(item: Graded, reward: RewardSet) -> Ballot | None:

@@ -2,7 +2,8 @@
 
 The first signal raises ``Interrupted`` in the main thread at once, unless the loop holds it
 back because weights and bookkeeping are out of step; then it is raised on release. A second
-signal ends the process at once. A program whose work is done ignores them (``whole_process``).
+signal ends the process at once, with its children. A program whose work is done ignores them
+(``whole_process``).
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_KILL_SECONDS = 5.0
+_last: list[Callable[[], None]] = []
 
 
 class Interrupted(KeyboardInterrupt):
@@ -71,12 +75,36 @@ class Interrupts:
         if os.getpid() != self.owner:  # a forked child: nothing here is its business
             os._exit(128 + signum)
         if self.pending:
-            for child in multiprocessing.active_children():
-                child.kill()
+            _end_children()
             os._exit(128 + signum)
         self.pending.append(signum)
         if not self.held:
             raise Interrupted(signum)
+
+
+@contextmanager
+def ending_with(kill: Callable[[], None]) -> Iterator[None]:
+    """Inside, a second signal calls ``kill`` before it ends the process.
+
+    For children that neither end with this process nor are known to ``multiprocessing``. ``kill``
+    runs in another thread and gets five seconds: the main one may hold the lock that it needs.
+    """
+    _last.append(kill)
+    try:
+        yield
+    finally:
+        _last.remove(kill)
+
+
+def _end_children() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
+    killers = [threading.Thread(target=kill, daemon=True) for kill in _last]
+    for thread in killers:
+        thread.start()
+    deadline = time.monotonic() + _KILL_SECONDS
+    for thread in killers:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 @contextmanager

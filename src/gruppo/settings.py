@@ -36,8 +36,8 @@ class TrainSettings:
     ``tokens_per_microbatch`` bounds memory and changes no result. ``reference_sync_steps`` > 0
     moves the reference every so many steps by ``ref ← mixup·policy + (1 - mixup)·ref``
     (arXiv:2404.09656), with ``reference_mixup``. ``seed`` is behind every draw of the run.
-    ``time_limit_s`` > 0 ends it that many seconds after the process took it up (a resumed run
-    counts anew), the last checkpoint and the last evaluation included.
+    ``time_limit_s`` > 0 ends it that many seconds after the command began (in Python: when the run
+    was opened), the last checkpoint and the last evaluation included; a resumed run counts anew.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}

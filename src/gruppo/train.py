@@ -25,8 +25,13 @@ from gruppo.policy import Policy
 from gruppo.rollout import Collected, Rollouts, tensorise
 from gruppo.selftest import self_test
 from gruppo.settings import TrainSettings
+<<<<<<< HEAD
 from gruppo.types import Callback, Engine, Group
 from gruppo.update import SETTING, Targets, UpdateResult, gather_evidence, update
+=======
+from gruppo.types import Callback, Engine, Group, Listener
+from gruppo.update import Targets, UpdateResult, gather_evidence, update
+>>>>>>> main
 
 MAX_SKIPPED = 3
 """Non-finite steps in a row that stop the run: one is bad luck, three are a broken run."""
@@ -88,7 +93,12 @@ class Keeper(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """The parts of a training run."""
+    """The parts of a training run.
+
+    ``callbacks`` are called with ``(step, groups, metrics)`` after every step, ``listeners`` with
+    ``(step, metrics)`` after every evaluation (0: before training): plain functions, or whatever
+    can be called so.
+    """
 
     policy: Policy
     engine: Engine
@@ -98,6 +108,7 @@ class Run:
     keeper: Keeper
     evaluator: Evaluator | None = None
     callbacks: tuple[Callback, ...] = ()
+    listeners: tuple[Listener, ...] = ()
     interrupts: Interrupts = field(default_factory=Interrupts)
     budget: Budget = field(default_factory=Budget)
     fitting: Fitting = field(default_factory=lambda: Fitting(SETTING))
@@ -257,8 +268,8 @@ def evaluate_now(run: Run, state: TrainState) -> tuple[TrainState, Evaluation | 
     with run.budget.timing("evaluation"):
         evaluation = run.evaluator()
         run.keeper.evaluation(state.step, evaluation)
-    for callback in run.callbacks:
-        callback.evaluated(state.step, evaluation.metrics)
+    for listener in run.listeners:
+        listener(state.step, evaluation.metrics)
     state = replace(state, evaluated=state.step)
     score = evaluation.metrics.get("pass@1", next(iter(evaluation.metrics.values())))
     if state.best is None or score > state.best:

@@ -40,6 +40,14 @@ def is_live(rewards: Iterable[float | None], *, tol: float = ZERO_TOL) -> bool:
     return len(scored) >= 2 and max(scored) - min(scored) > tol
 
 
+def is_task_live(scores: Iterable[Score]) -> bool:
+    """`is_live` of the task metric, over the rows that have a total: no other is trained on.
+
+    A row may be graded by the task and unscored, because another part of the reward failed.
+    """
+    return is_live(score.task for score in scores if score.total is not None)
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One chat turn. ``role`` is "system", "user" or "assistant" (or what the template knows)."""
@@ -171,13 +179,15 @@ class Group:
 
     @property
     def pass_rate(self) -> float | None:
-        """Mean task reward over the scored completions; None if none is scored."""
+        """Mean task reward over the completions that the task graded; None if there is none."""
         scored = [score.task for score in self.scores if score.task is not None]
         return sum(scored) / len(scored) if scored else None
 
     def is_live(self, metric: Literal["task", "total"] = "task") -> bool:
         """Whether scored rewards differ by more than ``ZERO_TOL``, so that there is a signal."""
-        return is_live(score.task if metric == "task" else score.total for score in self.scores)
+        if metric == "task":
+            return is_task_live(self.scores)
+        return is_live(score.total for score in self.scores)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,12 +269,17 @@ class Encode(Protocol):
 
 @runtime_checkable
 class Callback(Protocol):
-    """Told of every finished step and of every evaluation."""
+    """Told of every finished step. A plain function of these three arguments is one."""
 
     def __call__(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
         """Receive step number (from 1), its groups and its metrics."""
         ...
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+
+@runtime_checkable
+class Listener(Protocol):
+    """Told of every evaluation. A plain function of these two arguments is one."""
+
+    def __call__(self, step: int, metrics: Mapping[str, float], /) -> None:
         """Receive the metrics of an evaluation after ``step`` (0: before training)."""
         ...

@@ -192,7 +192,7 @@ class OptimizerStep:
 
         metrics = self._fitted(attempt)
         if not chosen:
-            _add_nothing(self.policy)
+            self._pass_nothing(index)
         return metrics
 
     def _micro_batches(self, rows: list[int], budget: int) -> Iterator[Tensor]:
@@ -202,6 +202,22 @@ class OptimizerStep:
         """Micro-batches that fit; a failed attempt's gradient is dropped before the next."""
         undo = self.policy.discard_gradient
         return _fitted(attempt, self.targets.rollout, self.settings, self.fitting, undo)
+
+    def _pass_nothing(self, index: Tensor) -> None:
+        """Give a step whose rows are all left out the gradient that they would have had: zero.
+
+        A zero is not the absence of a gradient. AdamW passes over weights without one, but a zero
+        counts as a step: moments decay and move the weights, and weight decay shrinks them. So
+        the shortest row goes forward for a loss of 0, and weights that it does not reach (a head
+        or expert that nothing goes through) stay without a gradient, as in every other step.
+        Without a single completion token there is no gradient at all.
+        """
+        length = self.targets.rollout.length[index]
+        if not (length > 0).any():
+            return
+        shortest = int(torch.where(length > 0, length, length.max() + 1).argmin())
+        prompts, tokens, size = _slice(self.targets.rollout, index[shortest : shortest + 1])
+        self.policy.backward(self.policy.logp(prompts, tokens, size).logp.sum() * 0.0)
 
     def _rows(self, index: Tensor) -> Rows:
         rollout, evidence = self.targets.rollout, self.targets.evidence
@@ -360,17 +376,6 @@ def _slice(rollout: Rollout, rows: Tensor) -> tuple[list[tuple[int, ...]], Tenso
     length = rollout.length[rows]
     tokens = rollout.tokens[rows, : int(length.max())]
     return [rollout.prompts[int(group)] for group in rollout.group[rows]], tokens, length
-
-
-def _add_nothing(policy: Policy) -> None:
-    """Make the gradient zero where it is absent, as the rows left out would have.
-
-    The optimizer passes over weights without a gradient; with one of zero its moments decay and
-    move them, which is what a step means when its rows are passed forward all the same.
-    """
-    for parameter in policy.model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
 
 
 def _positions(rows: Tensor, some: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ def recorded(run: Path) -> dict[str, object]:
             if not name.startswith("time/")
         }
         found["evaluations"] = str(database.evaluations())
-        found["completions"] = str(list(database.iterate()))
+        for row in database.iterate():  # one by one, so that a difference is shown as it is
+            found[f"step {row.step}, group {row.group}, row {row.row}"] = str(row)
     return found
 
 
@@ -90,7 +91,8 @@ def digest(run: Path) -> dict[str, str]:
 
 def assert_equal(run: Path, unbroken: Path) -> None:
     ours, theirs = recorded(run), recorded(unbroken)
-    assert {name for name in theirs if ours.get(name) != theirs[name]} == set()
+    differing = [name for name in theirs if ours.get(name) != theirs[name]]
+    assert [(name, ours.get(name), theirs[name]) for name in differing] == []
     assert ours.keys() == theirs.keys()
     assert digest(run) == digest(unbroken)
 

@@ -193,12 +193,33 @@ def test_a_pattern_that_backtracks_for_ever_costs_its_own_rows_only() -> None:
         first, second = grade(reward, ("aab", hostile, "ccc"), ("b", "ab"))
     finally:
         reward.close()
-    assert [s.total for s in first] == [1.0, None, 0.0]
+    # the policy wrote the text that hangs: it must not be better off than with a wrong one
+    assert [s.total for s in first] == [1.0, 0.0, 0.0]
     assert [s.total for s in second] == [0.0, 1.0]
-    assert count_failures([*first, *second]) == {"grader/timeout": 1}
+    assert count_failures([*first, *second]) == {"completion/timeout": 1}
     assert first[1].error is not None
     assert first[1].error.text.startswith("pattern '(a+)+b': no result after 1 s")
     assert time.monotonic() - started < 12
+
+
+def test_a_pattern_that_hangs_on_all_texts_unscores_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gruppo.reward.regex._CPU_S", 0.1)
+    monkeypatch.setattr("gruppo.reward.regex._MAX_DEATHS", 2)
+    reward, hostile = Regex(pattern=r"(a+)+b"), "a" * 40
+    part = Part(name="fun", reward=reward, minimum=-1.0)
+    try:
+        alone = RewardSet((part,)).score(Problem(id="p", prompt=()), [row(hostile)] * 4)
+        mixed = RewardSet((part,)).score(
+            Problem(id="p", prompt=()), [row(text) for text in ("ab", hostile, hostile, "ab", "c")]
+        )
+    finally:
+        reward.close()
+    assert [s.total for s in alone] == [None] * 4
+    assert count_failures(alone) == {"grader/timeout": 4}
+    # two deaths, then nothing more is tried
+    assert [s.total for s in mixed] == [1.0, -1.0, -1.0, -1.0, -1.0]
+    assert count_failures(mixed) == {"completion/timeout": 4}
+    assert "not tried after several failures" in mixed[4].error.text
 
 
 # -- math -----------------------------------------------------------------------------------

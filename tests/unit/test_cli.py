@@ -180,6 +180,19 @@ def test_steps_with_too_few_groups_are_told_once():
     assert "rollout.on_limit" in notes[0]
 
 
+def test_a_step_whose_groups_were_all_dropped_is_told_once():
+    stream = io.StringIO()
+    reporter = Reporter(4, Console(file=stream, width=60))
+    for step, groups in ((1, [group(10, 4)]), (2, []), (3, [])):
+        reporter(step, groups, {"group/partial": 0.0})
+    # resampling that finds nothing has its own note
+    reporter(4, [], {"group/partial": 1.0, "group/gen_batches": 10.0})
+    notes = [line for line in stream.getvalue().splitlines() if line.startswith("note: ")]
+    assert [note.split(":")[1].split(" ")[1:3] for note in notes] == [["step", "2"], ["step", "4"]]
+    assert 'step 2 trains on nothing: rollout.filter = "drop" left no group' in notes[0]
+    assert "step 4 has only 0 groups" in notes[1]
+
+
 def test_evaluations_are_shown_with_their_error():
     stream = io.StringIO()
     reporter = Reporter(3, Console(file=stream, width=60))

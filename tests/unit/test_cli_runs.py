@@ -1,6 +1,7 @@
 """Whole runs of a tiny random model through the command line, in this process."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from gruppo.cli.progress import Reporter
 from gruppo.interrupt import Interrupted
 from gruppo.policy import checkpoint
 from gruppo.record import Database
+from gruppo.train import Outcome
 from support.commands import arguments
 
 
@@ -138,6 +140,31 @@ def test_replay_shows_a_step_and_records_nothing(finished, capsys):
     assert {f: t for f, t in after.items() if not f.name.startswith("run.sqlite")} == {
         f: t for f, t in before.items() if not f.name.startswith("run.sqlite")
     }
+
+
+def test_replay_does_not_mind_the_time_limit(finished, tmp_path, capsys):
+    cut = tmp_path / "run"
+    shutil.copytree(finished, cut)
+    text = (cut / "recipe.toml").read_text()
+    assert "time_limit_s = 0.0" in text
+    (cut / "recipe.toml").write_text(text.replace("time_limit_s = 0.0", "time_limit_s = 0.001"))
+    assert main(["resume", str(cut), "--replay", "3"]) == 0
+    assert "\nstep 3\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_step_that_the_run_has_not_is_not_replayed(finished, capsys, step):
+    assert main(["resume", str(finished), "--replay", str(step)]) == 2
+    assert f"--replay {step}: {finished} has steps 1 to 4" in capsys.readouterr().err
+
+
+def test_a_replay_that_ends_early_says_so(finished, monkeypatch, capsys):
+    def cut_short(run, state):
+        return Outcome(state=state, ended_by="time", before=None, after=None)
+
+    monkeypatch.setattr("gruppo.cli.replay.train", cut_short)
+    assert main(["resume", str(finished), "--replay", "3"]) == 5
+    assert "step 3 was not reached: it ended after 2 (time)" in capsys.readouterr().err
 
 
 def test_an_interrupt_saves_the_last_finished_step(tiny_folder, tmp_path, monkeypatch):

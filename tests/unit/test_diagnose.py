@@ -90,6 +90,18 @@ def test_parts():
     )
 
 
+def test_a_group_whose_only_right_row_is_unscored_has_no_signal():
+    """The task graded the row, but another part of its reward failed: it is not trained on."""
+    scores = (Score(total=None, task=1.0), *(Score(total=0.25, task=0.0),) * 3)
+    plain = group([0.0] * 4)
+    one = Group(
+        problem=plain.problem, prompt_tokens=(1,), completions=plain.completions, scores=scores
+    )
+    assert (one.is_live(), one.is_live("total"), one.pass_rate) == (False, False, 0.25)
+    seen = group_metrics([one])
+    assert (seen["group/zero_std_frac"], seen["group/pass@1"]) == (1.0, 0.25)
+
+
 def test_groups():
     failed = Score(total=None, task=None, error=Failure(kind="timeout", fault="grader", text=""))
     lost = Group(

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,66 @@ def test_the_second_signal_ends_the_process_at_once():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=30, check=False)
+    assert done.returncode == 143
+
+
+def is_there(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")  # killed, but nobody has asked for its exit status yet
+    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_the_second_signal_takes_a_reward_that_hangs_with_it(tmp_path):
+    (tmp_path / "hangs.py").write_text(
+        textwrap.dedent("""
+            import os, pathlib, time
+            def score(problem, completions):
+                pathlib.Path(__file__).with_name("pid").write_text(str(os.getpid()))
+                while True:
+                    time.sleep(1)
+        """)
+    )
+    program = f"""
+        import os, pathlib, signal, threading, time
+        from gruppo.interrupt import Interrupts, ending_with
+        from gruppo.reward import Function
+        from gruppo.types import Completion, Problem
+        reward = Function(name={str(tmp_path / "hangs.py:score")!r}, contract="gruppo")
+        row = Completion(tokens=(), logp=(), mask=(), version=(), text="", finish="stop")
+        def ring():
+            while not pathlib.Path({str(tmp_path / "pid")!r}).exists():
+                time.sleep(0.02)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)
+        threading.Thread(target=ring, daemon=True).start()
+        interrupts = Interrupts()
+        with interrupts.installed(), ending_with(reward.close):
+            interrupts.hold()
+            reward(Problem(id="a", prompt=()), [row])
+    """
+    words = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(words, timeout=60, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "")
+    pid = int((tmp_path / "pid").read_text())
+    assert not is_there(pid)
+
+
+def test_a_last_word_that_hangs_does_not_hold_the_process_up():
+    program = """
+        import os, signal, time
+        import gruppo.interrupt
+        gruppo.interrupt._KILL_SECONDS = 0.2
+        interrupts = gruppo.interrupt.Interrupts()
+        with interrupts.installed(), gruppo.interrupt.ending_with(lambda: time.sleep(60)):
+            interrupts.hold()
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=30, check=False)
     assert done.returncode == 143

@@ -77,9 +77,7 @@ def test_cache_is_what_the_engine_holds(tiny_folder):
     found = plan.memory(recipe(tiny_folder), prompt_tokens=10)
     model = load(str(tiny_folder)).model
     engine = LocalEngine(model, lambda tokens: "", pad_token=256)
-    requests = [
-        Request(tokens=(i, *range(9)), num_samples=4, key=(0, i)) for i in range(3)
-    ]
+    requests = [Request(tokens=(i, *range(9)), num_samples=4, key=(0, i)) for i in range(3)]
     engine.generate(requests, Sampling(max_tokens=20))
     assert engine.is_shared
     assert found.cache == engine.peak_cache_bytes

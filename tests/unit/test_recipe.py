@@ -22,6 +22,14 @@ name = "right"
 kind = "number"
 """
 
+OWN_TASK = """
+[[reward.parts]]
+name = "own"
+kind = "my.module:score"
+[reward]
+task = "own"
+"""
+
 PUBLISHED = {
     # recipe: prompts, group, mini-batches, tokens, learning rate (papers named in the recipes)
     "deepseekmath": (16, 64, 1, 1024, 1e-6),
@@ -65,7 +73,7 @@ def test_packaged_recipe_has_the_published_values(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_in_a_recipe_is_the_preset(name):
-    loaded = recipe("[objective]", f'preset = "{name}"')
+    loaded = recipe(OWN_TASK if name == "process" else "", f'[objective]\npreset = "{name}"')
     expected = PRESETS[name].objective
     built = loaded.objective.build(max_tokens=2048)
     if isinstance(expected.weights, Constant):
@@ -138,6 +146,7 @@ def test_a_presets_group_and_length_term_give_way_to_a_credit_that_cannot_take_t
 
 
 OVERLONG = '[[reward.parts]]\nname = "long"\nkind = "soft_overlong"\nbuffer = 9\n'
+FUNCTION = '[[reward.parts]]\nname = "own"\nkind = "my.module:score"\n'
 FORMAT = '[[reward.parts]]\nname = "form"\nkind = "format"\n'
 
 
@@ -149,6 +158,9 @@ FORMAT = '[[reward.parts]]\nname = "form"\nkind = "format"\n'
         ("gdpo", "[reward]\nclip_range = [0.0, 1.0]", "reward.clip_range = [0.0, 1.0]: has no"),
         ("gdpo", '[rollout]\ntruncation = "penalty"', 'rollout.truncation = "penalty": has no'),
         ("process", '[rollout]\ntruncation = "zero_reward"', "mask_after"),
+        ("process", "", "reward.parts: right gives no process rewards"),
+        ("process", FUNCTION, "reward.parts: right gives no process rewards"),
+        ("process", FORMAT + '[reward]\ntask = "form"', "reward.task: form gives no process"),
         ("passk_analytic", OVERLONG, "reward.parts.long: is added to the task's reward and makes"),
         ("passk_analytic", FORMAT, "reward.parts.form: is added to the task's reward"),
         ("passk_analytic", "[[reward.parts]]\nweight = 2.0", "reward.parts.right.weight = 2.0"),
@@ -169,6 +181,8 @@ def test_rewards_that_a_credit_does_not_read_or_cannot_take_are_refused(preset, 
     ("preset", "text"),
     [
         ("gdpo", FORMAT + '[rollout]\ntruncation = "mask_after"'),
+        ("process", FUNCTION + '[reward]\ntask = "own"'),
+        ("process", FUNCTION + '[reward]\ntask = ["right", "own"]'),
         ("gdpo", OVERLONG + "shape = false"),
         ("gdpo", OVERLONG + "weight = 0.0"),
         ("gdpo", '[rollout]\ntruncation = "exclude_before"'),
@@ -262,11 +276,22 @@ def test_mistakes_in_several_sections_come_at_once():
 
 def test_rules_between_sections():
     assert "at least 2" in mistakes("[rollout]\ngroup_size = 1")
+    lone = '[objective]\npreset = "rpp"\n[rollout]\ngroup_size = 1\nfilter = '
+    for name in ("drop", "resample"):
+        said = mistakes(f'{lone}"{name}"')
+        assert f'rollout.filter = "{name}": leaves nothing to train on' in said
+    assert recipe(lone + '"skip"').rollout.group_size == 1
     assert "whole groups" in mistakes("[rollout]\nprompts_per_step = 4\n[train]\nminibatches = 5")
     assert "no KL term" in mistakes("[train]\nreference_sync_steps = 5")
     assert "data.held_out" in mistakes("[eval]\npatience = 2")
     overlong = '[[reward.parts]]\nname = "l"\nkind = "soft_overlong"\nbuffer = 99\n'
     assert "buffer = 99" in mistakes(overlong, "[rollout]\nmax_tokens = 50")
+
+
+def test_a_device_that_there_is_not_is_told_with_all_that_there_are():
+    with pytest.raises(RecipeError) as caught:
+        from_table(parse(MINIMAL.replace("[model]", '[model]\ndevice = "tpu"')))
+    assert 'device = "tpu": must be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N' in str(caught.value)
 
 
 def test_planned_presets_say_what_is_missing():

@@ -136,8 +136,17 @@ def test_a_reward_that_does_not_say_where_it_reads_is_told() -> None:
     told = check(reward_section('[[reward.parts]]\nname = "a"\nkind = "format"\n'))
     assert len(told) == 1
     assert told[0].startswith("reward: the data's own answers are not tried on the reward")
+    assert "a cannot say where an answer is read; set reward.answer_template" in told[0]
     off = reward_section(NUMBER + '[reward]\nanswer_template = "none"\n')
     assert check(off, ("data.train.0 (s)", problems("s", "not a number"))) == []
+
+
+def test_task_parts_that_read_in_different_places_are_told_as_such():
+    other = NUMBER.replace("right", "left").replace("boxed", "last")
+    [told] = check(reward_section(NUMBER + other + '[reward]\ntask = ["right", "left"]\n'))
+    assert "read an answer in different places" in told
+    assert r"(right as '\\boxed{{answer}}', left as '{answer}')" in told
+    assert "cannot say" not in told
 
 
 def test_a_template_without_a_place_for_the_answer_is_refused() -> None:

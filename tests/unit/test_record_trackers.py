@@ -46,7 +46,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
     RunDirectory.create(tmp_path / "a", "").close()
     for step in (1, 2):
         with RunDirectory.open(tmp_path / "a") as run:
-            tracker = Wandb(project="p", mode="offline").start(run, resumed_after=step - 1)
+            tracker = Wandb(project="p", mode="offline").start(run, redone_from=step)
             tracker(step, [], METRICS)
             tracker.evaluated(step, {"pass@1": 0.25, "len": math.nan})
             tracker.close()
@@ -86,26 +86,26 @@ def test_trackio_goes_on_under_the_same_name(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("resumed_after", [2, 0])
-def test_tensorboard_draws_no_step_twice(tmp_path: Path, resumed_after: int) -> None:
+@pytest.mark.parametrize("redone_from", [3, 1, 0])
+def test_tensorboard_draws_no_step_twice(tmp_path: Path, redone_from: int) -> None:
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     ).EventAccumulator
     with RunDirectory.create(tmp_path / "a", "") as run:
-        for after, value in ((None, 1.0), (resumed_after, 2.0)):
-            tracker = TensorBoard().start(run, resumed_after=after)
-            if not after:
+        for first, value in ((None, 1.0), (redone_from, 2.0)):
+            tracker = TensorBoard().start(run, redone_from=first)
+            if not first:
                 tracker.evaluated(0, {"pass@1": value})
-            for step in range((after or 0) + 1, 5):
+            for step in range(first or 1, 5):
                 tracker(step, [], {"m": value * step, "nan": math.nan})
             tracker.close()
     events = accumulator(str(tmp_path / "a" / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["eval/pass@1", "m"]
     points = [(event.step, event.value) for event in events.Scalars("m")]
-    assert points == [(n, n * (1.0 if n <= resumed_after else 2.0)) for n in (1, 2, 3, 4)]
+    assert points == [(n, n * (1.0 if n < redone_from else 2.0)) for n in (1, 2, 3, 4)]
     evaluated = [(event.step, event.value) for event in events.Scalars("eval/pass@1")]
-    assert evaluated == [(0, 1.0 if resumed_after else 2.0)]
+    assert evaluated == [(0, 1.0 if redone_from else 2.0)]
 
 
 @pytest.mark.parametrize(

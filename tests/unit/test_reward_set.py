@@ -205,6 +205,20 @@ def test_shaping_is_added_only_where_the_task_metric_varies() -> None:
     assert everywhere.part_names == ("task",)
 
 
+def test_rows_without_a_total_do_not_make_a_group_live() -> None:
+    """The only right row is unscored: length alone must not decide among the others."""
+    parts = (
+        Part(name="task", reward=fixed(1.0, 0.0, 0.0, 0.0)),
+        Part(name="style", reward=fixed(float("nan"), 0.25, 0.25, 0.25)),
+        Part(name="length", reward=KINDS["kimi_length"](), shape=True),
+    )
+    scores = RewardSet(parts).score(PROBLEM, rows(1, 2, 5, 9))
+    assert totals(scores) == [None, 0.25, 0.25, 0.25]
+    assert [score.task for score in scores] == [1.0, 0.0, 0.0, 0.0]
+    shaped = RewardSet(parts, shape_only_live=False).score(PROBLEM, rows(1, 2, 5, 9))
+    assert totals(shaped) == [None, 0.25, 0.25, -0.25]  # without the rule, the longest is punished
+
+
 def test_a_failing_shaping_term_unscores_where_it_counts() -> None:
     task = Part(name="task", reward=fixed(1.0, 0.0, 1.0))
     shape = Part(name="shape", reward=fixed("x", -0.5, None), shape=True)

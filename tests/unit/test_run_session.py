@@ -4,9 +4,8 @@ import dataclasses
 import json
 import shutil
 import signal
-import subprocess
 import sys
-import textwrap
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from gruppo.cli import main
+from gruppo.interrupt import Interrupted
 from gruppo.policy import checkpoint
 from gruppo.recipe import load
 from gruppo.recipe.build import pin
@@ -24,6 +24,11 @@ from gruppo.train import train
 from support.commands import arguments
 
 Usage = namedtuple("Usage", "total used free")
+WITH_TRACKER = {"record.trackers": "[{kind = 'wandb'}]"}
+
+
+def replaced(run, **settings):
+    return dataclasses.replace(run, settings=dataclasses.replace(run.settings, **settings))
 
 
 def recipe(model: Path, **changes: str):
@@ -61,7 +66,7 @@ def cut_after(run: Path, step: int, to: Path) -> Path:
     ("change", "reason"),
     [
         ({"data.train.0.size": "2"}, "held_out"),
-        ({"model.device": "cuda:99"}, "torch can use no such device here"),
+        ({"model.device": "cuda:99"}, r"no such device here.*\(cpu, cuda, mps or xpu\)"),
         ({"record.trackers": "[{kind = 'wandb'}]"}, r"gruppo\[wandb\]"),
     ],
 )
@@ -227,19 +232,130 @@ def test_trackers_go_on_after_the_checkpoint(finished, tmp_path, monkeypatch, st
     (cut / "recipe.toml").write_text(with_one)
     seen = []
 
-    def begin(self, run, *, resumed_after=None):
+    def begin(self, run, *, redone_from=None):
         with Database(run.database, read_only=True) as database:
-            seen.append(("start", resumed_after, database.last_step()))
+            seen.append(("start", redone_from, database.last_step()))
         return Tracker(lambda step, metrics: seen.append((step, min(metrics))), lambda: None)
 
+    monkeypatch.setattr("gruppo.recipe.session.library", lambda kind: None)
     monkeypatch.setattr(Wandb, "start", begin)
     with resume(cut, silent) as session:
         train(session.run, session.state)
-    assert seen[0] == ("start", step, step)
+    assert seen[0] == ("start", step + 1 if step else 0, step)
     told = [entry for entry in seen[1:] if not entry[1].startswith("eval/")]
     assert [number for number, _ in told] == list(range(step + 1, 5))
     evaluated = [number for number, name in seen[1:] if name.startswith("eval/")]
     assert evaluated == ([4] if step else [0, 4])
+
+
+def test_an_evaluation_before_training_that_is_not_made_again_stays_drawn(
+    tiny_folder, tmp_path, monkeypatch
+):
+    """The first life ends in step 1: its checkpoint knows that step 0 was evaluated."""
+    lives = []
+
+    def begin(self, run, *, redone_from=None):
+        lives.append([redone_from])
+        return Tracker(lambda step, metrics: lives[-1].append(step), lambda: None)
+
+    def interrupted(run, state):
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr("gruppo.recipe.session.library", lambda kind: None)
+    monkeypatch.setattr(Wandb, "start", begin)
+    given = recipe(tiny_folder, **WITH_TRACKER, **{"train.steps": "1"})
+    with monkeypatch.context() as patch:
+        patch.setattr("gruppo.train.iterate", interrupted)
+        with start(given, tmp_path / "run", silent) as session, pytest.raises(Interrupted):
+            train(session.run, session.state)
+    with resume(tmp_path / "run", silent) as session:
+        assert (session.state.step, session.state.evaluated) == (0, 0)
+        train(session.run, session.state)
+    assert lives == [[None, 0], [1, 1, 1]]  # step 1 and the evaluation after it
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_tracker_that_cannot_start_leaves_the_name_free(
+    tiny_folder, tmp_path, monkeypatch, capsys, exists
+):
+    def begin(self, run, *, redone_from=None):
+        assert (run.path / "recipe.toml").is_file()
+        raise RuntimeError(
+            "api_key not configured (no-tty)"
+        )  # as wandb's own errors are no OSError
+
+    monkeypatch.setattr("gruppo.recipe.session.library", lambda kind: None)
+    monkeypatch.setattr(Wandb, "start", begin)
+    if exists:
+        (tmp_path / "run").mkdir()
+    command = ["train", "quickstart", *arguments(tiny_folder, "run", **WITH_TRACKER)]
+    assert main([*command, "--set", f"record.folder={tmp_path}"]) == 3
+    shown = capsys.readouterr().err
+    assert "record.trackers: wandb could not be started: api_key not configured" in shown
+    assert "take it out of record.trackers" in shown
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["run"] * exists
+
+
+def test_a_tracker_that_cannot_go_on_leaves_the_run(finished, tmp_path, monkeypatch, capsys):
+    def begin(self, run, *, redone_from=None):
+        raise RuntimeError("no network")
+
+    cut = cut_after(finished, 2, tmp_path / "run")
+    text = (cut / "recipe.toml").read_text()
+    (cut / "recipe.toml").write_text(text.replace("trackers = []", 'trackers = [{kind = "wandb"}]'))
+    monkeypatch.setattr("gruppo.recipe.session.library", lambda kind: None)
+    monkeypatch.setattr(Wandb, "start", begin)
+    assert main(["resume", str(cut)]) == 3
+    assert "recipe.toml" in capsys.readouterr().err
+    assert checkpoint.steps(cut / "checkpoints") == [2]
+
+
+def test_a_run_that_patience_ended_is_told_in_the_same_order_again(tiny_folder, tmp_path, capsys):
+    """The second time nothing is left to do: all comes from the database."""
+    changes = {"eval.every": "1", "eval.patience": "1", "eval.samples": "2", "eval.k": "[2, 1]"}
+    command = ["train", "quickstart", *arguments(tiny_folder, "run", **changes)]
+    orders = []
+    for words in (
+        [*command, "--set", f"record.folder={tmp_path}"],
+        ["resume", str(tmp_path / "run")],
+    ):
+        assert main(words) == 0
+        shown = capsys.readouterr().out
+        assert "stopped by eval.patience" in shown
+        table = shown.partition("before    after\n")[2].partition("\n\n")[0]
+        orders.append([line.split()[0] for line in table.splitlines()])
+    assert orders[0] == orders[1]
+    assert orders[0][:2] == ["pass@1", "len"]
+
+
+# Time -------------------------------------------------------------------------------------------
+
+
+def test_the_time_limit_counts_from_before_the_libraries_are_loaded(monkeypatch):
+    seen = []
+
+    def slow(name, settings):
+        seen.append(time.monotonic())
+        return load(name, settings)
+
+    def begin(recipe, name, console, *, began):
+        seen.append(began)
+        return 0
+
+    monkeypatch.setattr("gruppo.recipe.load", slow)
+    monkeypatch.setattr("gruppo.cli.training.start", begin)
+    before = time.monotonic()
+    assert main(["train", "quickstart"]) == 0
+    loaded, began = seen
+    assert before <= began <= loaded
+
+
+def test_the_budget_of_a_run_counts_from_where_it_is_told(tiny_folder, tmp_path):
+    with start(recipe(tiny_folder), tmp_path / "run", silent, began=5.0) as session:
+        assert session.run.budget.began == 5.0
+        train(replaced(session.run, steps=1), session.state)
+    with resume(tmp_path / "run", silent, began=7.0) as session:
+        assert session.run.budget.began == 7.0
 
 
 def test_the_end_of_a_resumed_run_compares_with_the_start(finished, tmp_path, capsys):
@@ -260,35 +376,3 @@ def test_a_recorded_evaluation_comes_back(finished):
     assert [graded.scores[0].task for graded in found.greedy] == [s.task for s in samples]
     tasks = [sample.task for sample in samples]
     assert found.metrics["answer_mean"] == pytest.approx(sum(tasks) / 3)
-
-
-# The end of the process -------------------------------------------------------------------------
-
-
-PROGRAM = """
-import atexit, os, signal, sys, threading
-from gruppo.cli import main
-NUMBER = int(sys.argv.pop())
-BELL = lambda *_: os.kill(os.getpid(), NUMBER)
-"""
-
-
-def program(code: str, *command: object) -> subprocess.CompletedProcess[str]:
-    text = PROGRAM + textwrap.dedent(code) + "\nsys.exit(main())\n"
-    words = [sys.executable, "-c", text, *map(str, command)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=100)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_the_interpreter_ends_changes_nothing(number):
-    done = program("atexit.register(BELL)", "recipes", int(number))
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_outside_of_the_loop_ends_in_order(number, code):
-    done = program(
-        "import gruppo.cli.listing; gruppo.cli.listing.read = BELL", "recipes", "dapo", int(number)
-    )
-    assert done.returncode == code
-    assert done.stderr == f"{signal.Signals(number).name}: stopped\n"

@@ -156,25 +156,19 @@ def test_a_limit_that_loading_used_up_trains_nothing_and_saves(tiny_folder):
     assert (outcome.ended_by, outcome.state.step, list(run.keeper.saved)) == ("time", 0, [0])
 
 
-class Told:
-    """A callback that remembers what it was told."""
+def test_plain_functions_are_told_of_steps_and_evaluations(tiny_folder):
+    steps, evaluations = [], []
 
-    def __init__(self):
-        self.steps, self.evaluations = [], []
+    def callback(step, groups, metrics):
+        steps.append((step, len(groups), metrics["reward/total_mean"] > 0))
 
-    def __call__(self, step, groups, metrics):
-        self.steps.append(step)
+    def listener(step, metrics):
+        evaluations.append((step, metrics["pass@1"]))
 
-    def evaluated(self, step, metrics):
-        self.evaluations.append((step, metrics["pass@1"]))
-
-
-def test_callbacks_are_told_of_steps_and_evaluations(tiny_folder):
-    told = Told()
     run = run_of(tiny_folder, evaluator=scripted([1, 2, 4], every=2))
-    train(dataclasses.replace(run, callbacks=(told,)))
-    assert told.steps == [1, 2, 3, 4]
-    assert told.evaluations == [(0, 0.25), (2, 0.5), (4, 1.0)]
+    train(dataclasses.replace(run, callbacks=(callback,), listeners=(listener,)))
+    assert steps == [(n, 2, True) for n in (1, 2, 3, 4)]
+    assert evaluations == [(0, 0.25), (2, 0.5), (4, 1.0)]
 
 
 def test_a_step_with_fewer_groups_than_asked_for_is_marked(tiny_folder):

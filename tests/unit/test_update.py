@@ -122,7 +122,8 @@ class Passes:
     ("name", "minibatches", "rows"),
     [
         ("default", 1, {"logp": 7, "old": 0, "ref": 0}),
-        ("default", 3, {"logp": 7, "old": 12, "ref": 0}),
+        # of the minibatch without signal, one row for a gradient of zero
+        ("default", 3, {"logp": 8, "old": 12, "ref": 0}),
         ("grpo", 1, {"logp": 12, "old": 0, "ref": 12}),  # the KL term acts on every row
         ("rloo", 1, {"logp": 7, "old": 12, "ref": 12}),  # the credit reads both
         ("tokens_80_20", 1, {"logp": 12, "old": 12, "ref": 0}),  # for the selection

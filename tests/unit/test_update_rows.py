@@ -30,7 +30,7 @@ from gruppo.objective import (
     make_rows,
     mismatch,
 )
-from gruppo.policy import Policy
+from gruppo.policy import Optim, Policy
 from gruppo.settings import UpdateSettings
 from gruppo.update import OptimizerStep, live_metrics, row_metrics, update
 from support.update_steps import named, policy_of, rollout, targets_of, wide_model
@@ -45,6 +45,33 @@ def stepped(policy, *batches, skip_dead):
         targets = targets_of(policy, objective, batch, settings)
         update(policy, objective, targets, coefficients=Coefficients(), settings=settings)
     return torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+
+
+def with_an_idle_head(folder):
+    """A model with a trainable weight that no forward pass reaches."""
+    model = wide_model(folder)
+    model.register_parameter("idle", torch.nn.Parameter(torch.ones(3, 3, dtype=torch.float64)))
+    return model
+
+
+@pytest.mark.parametrize("batches", [[DEAD], [None, DEAD]])
+def test_a_step_without_signal_leaves_weights_alone_that_no_row_reaches(tiny_folder, batches):
+    """As one whose rows are passed forward does, with weight decay and from the first step."""
+    policies = {}
+    for skip_dead in (True, False):
+        policy = policies[skip_dead] = Policy(
+            with_an_idle_head(tiny_folder),
+            optim=Optim(lr=1e-3, warmup_steps=0, weight_decay=0.5),
+            total_updates=10,
+            compute_dtype=torch.float64,
+        )
+        stepped(policy, *(rollout(b) if b else rollout() for b in batches), skip_dead=skip_dead)
+        assert torch.equal(policy.model.idle, torch.ones(3, 3, dtype=torch.float64))
+    skipped, kept = policies[True].state()[0], policies[False].state()[0]
+    assert skipped.keys() == kept.keys()  # the moments: of all weights but the idle one
+    assert "optim.step.model.embed_tokens.weight" in skipped
+    assert "optim.step.idle" not in skipped
+    assert max((skipped[name] - kept[name]).abs().max().item() for name in kept) < 1e-12
 
 
 def test_a_step_without_signal_moves_by_momentum_whether_its_rows_are_skipped_or_not(tiny_folder):

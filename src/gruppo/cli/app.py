@@ -6,6 +6,7 @@ Heavy modules are imported inside the verbs, so that help answers at once.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -82,6 +83,7 @@ def train(recipe: Recipe, *, set: Settings = (), dry_run: bool = False) -> int:
     dry_run: bool
         Print the recipe with all its values and the batch arithmetic; train nothing.
     """
+    began = time.monotonic()  # what is imported below counts for train.time_limit_s
     from gruppo.recipe import load
 
     checked = load(recipe, set)
@@ -94,7 +96,7 @@ def train(recipe: Recipe, *, set: Settings = (), dry_run: bool = False) -> int:
         return 0
     from gruppo.cli.training import start
 
-    return start(checked, Path(recipe).stem, console)
+    return start(checked, Path(recipe).stem, console, began=began)
 
 
 @app.command
@@ -104,13 +106,14 @@ def resume(
     replay: Annotated[int | None, Parameter(help="Run this step again; record nothing.")] = None,
 ) -> int:
     """Go on with an interrupted run, after its last finished step."""
+    began = time.monotonic()
     if replay is not None:
         from gruppo.cli.replay import replay as run_again
 
         return run_again(run, replay, _tell)
     from gruppo.cli.training import resume as go_on
 
-    return go_on(run, Console())
+    return go_on(run, Console(), began=began)
 
 
 @app.command(name="eval")

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gruppo.cli.summary import describe_evaluation
+from gruppo.interrupt import ending_with
 from gruppo.model import CATALOG, cache_folder
 from gruppo.model.packaged import quiet
 from gruppo.model.parts import context_length
@@ -42,7 +43,8 @@ def evaluate(
         evaluator = make_evaluator(recipe, opened, reward, problems)
         if evaluator is None:
             raise ValueError("there is nothing to evaluate on: set data.held_out or data.test")
-        evaluation = evaluator()
+        with ending_with(reward.close):
+            evaluation = evaluator()
     finally:
         reward.close()
         opened.engine.close()

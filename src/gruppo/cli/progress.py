@@ -1,6 +1,6 @@
 """Progress of a run: a live bar on a terminal, one plain line a step anywhere else.
 
-A ``Callback`` like any other: it reads a step's groups and metrics and changes nothing.
+A callback and listener like any other: it reads a step's groups and metrics and changes nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Reporter:
         self._console = console
         self._clock = clock
         self._samples = 0
-        self._warned = False
+        self._told: set[str] = set()
         self._last = clock()
         self._seconds: list[float] = []
         self._bar = _bar(console) if console.is_terminal else None
@@ -59,9 +59,10 @@ class Reporter:
             tokens_per_second=metrics.get("tokens/sampled", 0.0) / max(self._seconds[-1], 1e-9),
             seconds_left=sum(recent) / len(recent) * (self._total - step),
         )
-        if metrics.get("group/partial", 0.0) and not self._warned:
-            self._warned = True
-            self.say(describe_partial(step, len(groups), metrics))
+        if metrics.get("group/partial", 0.0):
+            self._say_once("partial", describe_partial(step, len(groups), metrics))
+        elif not groups:
+            self._say_once("empty", describe_empty(step))
         if self._bar is None or self._task is None:
             width = len(str(self._total))
             self.say(f"step {step:>{width}}/{self._total}  {text}")
@@ -74,6 +75,11 @@ class Reporter:
         error = metrics.get(f"{name}_stderr", math.nan)
         spread = "" if math.isnan(error) else f" ± {error:.3f}"
         self.say(f"held-out problems after step {step}: {name} {metrics[name]:.3f}{spread}")
+
+    def _say_once(self, topic: str, text: str) -> None:
+        if topic not in self._told:
+            self._told.add(topic)
+            self.say(text)
 
     def say(self, text: str) -> None:
         """Print one plain line, above the bar if there is one."""
@@ -119,6 +125,20 @@ def describe_partial(step: int, count: int, metrics: Mapping[str, float]) -> str
         f"note: step {step} has only {count} groups: no others had differing rewards after "
         f"{tries:.0f} batches (rollout.max_gen_batches, rollout.on_limit); later such steps are in "
         "the metric group/partial"
+    )
+
+
+def describe_empty(step: int) -> str:
+    """What to say when a filter has left a step nothing to train on.
+
+    Example:
+        >>> describe_empty(7)
+        'note: step 7 trains on nothing: rollout.filter = "drop" left no group, because none had \
+differing rewards; later such steps have the metric tokens/trained = 0'
+    """
+    return (
+        f'note: step {step} trains on nothing: rollout.filter = "drop" left no group, because none '
+        "had differing rewards; later such steps have the metric tokens/trained = 0"
     )
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gruppo.errors import NumericError
+from gruppo.errors import NumericError, ServiceError
 from gruppo.evaluate import Evaluation
 from gruppo.policy import checkpoint
 from gruppo.recipe.build import Report, resolve
 from gruppo.recipe.session import read_recipe, restore
 from gruppo.record import RunDirectory
-from gruppo.train import Run, TrainState, train
+from gruppo.train import Outcome, Run, TrainState, train
 from gruppo.types import Group
 from gruppo.update import Targets
 
@@ -52,11 +52,14 @@ def replay(path: Path, step: int, report: Report) -> int:
     """Run from the last checkpoint before ``step`` (or the start) to ``step``, and show it.
 
     Raises:
-        ValueError: it is no run, or its data or model are not there any more.
+        ValueError: it is no run, or has no such step, or its data or model are not there any more.
+        ServiceError: the loop ended before the step.
         NumericError: a gradient was not finite; the text names the operation.
     """
     with RunDirectory.open(path, lock=False) as directory:
         recipe = read_recipe(directory)
+        if not 1 <= step <= recipe.train.steps:
+            raise ValueError(f"--replay {step}: {path} has steps 1 to {recipe.train.steps}")
         known = [number for number in checkpoint.steps(directory.checkpoints) if number < step]
         folder = directory.checkpoints / f"{known[-1]:08d}" if known else None
     torch.manual_seed(recipe.train.seed)
@@ -71,20 +74,23 @@ def replay(path: Path, step: int, report: Report) -> int:
             engine=parts.opened.engine,
             rollouts=parts.rollouts,
             objective=parts.objective,
-            settings=replace(recipe.train, steps=step),
+            settings=replace(recipe.train, steps=step, time_limit_s=0),
             keeper=Forgetful(),
             callbacks=(_Show(step, report),),
         )
-        _train_checked(run, state)
+        outcome = _train_checked(run, state)
     finally:
         parts.close()
+    if outcome.state.step < step:
+        last, why = outcome.state.step, outcome.ended_by
+        raise ServiceError(f"replay: step {step} was not reached: it ended after {last} ({why})")
     return 0
 
 
-def _train_checked(run: Run, state: TrainState | None) -> None:
+def _train_checked(run: Run, state: TrainState | None) -> Outcome:
     try:
         with torch.autograd.set_detect_anomaly(True):
-            train(run, state)
+            return train(run, state)
     except RuntimeError as error:
         if "returned nan values" not in str(error):
             raise
@@ -103,6 +109,3 @@ class _Show:
         if step == self.step:
             lines = [f"  {name:<32}{value:>14.6g}" for name, value in sorted(metrics.items())]
             self.report("\n".join([f"step {step}", *lines]))
-
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Report nothing: a replay has no evaluator."""

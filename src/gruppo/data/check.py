@@ -81,7 +81,8 @@ def check_answers(
         score: scores a completion's text; a `Score` counts by its task metric.
         answer_template: the completion; ``{answer}`` is replaced, all else is literal.
         maximum: what a right answer must get.
-        sample: how many problems with an answer to try; all if there are fewer.
+        sample: how many problems to draw, those without an answer among them; all if there are
+            fewer.
         seed: another seed tries others.
 
     Returns:

@@ -31,7 +31,8 @@ class Jsonl:
         path: the file.
         columns: which column is what; all others go to ``Problem.info``.
         prompting: how a row becomes a prompt.
-        streaming: keep only where rows start, for files larger than memory.
+        streaming: keep only where rows start, for files larger than memory. Each start and resume
+            reads all of it a few times: its rows, lengths of prompts, and ids are checked.
         label: name of the data set in metrics; the file's name without ending if None.
     """
 

@@ -284,7 +284,8 @@ def _check_mixture(sources: Sequence[tuple[Problems, float]]) -> None:
 def _refuse_repeated(sources: Sequence[Problems]) -> None:
     """Refuse two problems of one name and id, which pass rates could not tell apart.
 
-    All are read once, and 24 bytes kept of each: streamed data may be larger than memory.
+    All are read once more, at each start and resume, and 24 bytes kept of each: streamed data may
+    be larger than memory.
     """
     keys = array("q", (_hash(problem) for problems in sources for problem in problems))
     values = torch.frombuffer(keys, dtype=torch.int64).sort().values

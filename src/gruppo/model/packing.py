@@ -106,9 +106,7 @@ def _group(
     valid = steps < torch.tensor([read for _, read in spans])[:, None]
     index = torch.where(valid, first[:, None] + steps, 0)
     filled = valid.flatten().nonzero()[:, 0]
-    return PackedGroup(
-        start=start, stop=stop, index=index.to(device), filled=filled.to(device)
-    )
+    return PackedGroup(start=start, stop=stop, index=index.to(device), filled=filled.to(device))
 
 
 def packed_attention(

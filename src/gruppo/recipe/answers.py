@@ -18,10 +18,6 @@ from gruppo.types import Completion, Problem, Score
 # Real data hold some references that no reader understands. A tenth is far more than the few per
 # cent of such sets, well above what chance does to a sample of 64, and half of what stops a run.
 MAX_WRONG: Final = 0.1
-_UNTRIED: Final = (
-    "the data's own answers are not tried on the reward before training: its task does not say "
-    "where it reads an answer, and neither does reward.answer_template"
-)
 
 
 def describe_check(section: RewardSection) -> str:
@@ -34,7 +30,7 @@ def describe_check(section: RewardSection) -> str:
         )
     if section.answer_template == OFF:
         return f'the data\'s own answers are not tried on the reward (answer_template = "{OFF}")'
-    return _UNTRIED
+    return _untried(section)
 
 
 def refuse_wrong_grading(
@@ -50,7 +46,7 @@ def refuse_wrong_grading(
     template = section.own_answer()
     if template is None:
         if section.answer_template == AUTO:
-            report(f"reward: {_UNTRIED}")
+            report(f"reward: {_untried(section)}")
         return
 
     def score(problem: Problem, text: str) -> Score:
@@ -70,6 +66,21 @@ def refuse_wrong_grading(
             )
         if not result.ok:
             report(f"{name}: {result.text()}")
+
+
+def _untried(section: RewardSection) -> str:
+    """Why nothing is tried where the recipe leaves it to the task parts."""
+    places = section.answer_places()
+    silent = [name for name, template in places.items() if template is None]
+    if silent:
+        reason = f"{', '.join(silent)} cannot say where an answer is read"
+    else:
+        differing = ", ".join(f"{name} as {template!r}" for name, template in places.items())
+        reason = f"its task parts read an answer in different places ({differing})"
+    return (
+        f"the data's own answers are not tried on the reward before training: {reason}; set "
+        "reward.answer_template to try them"
+    )
 
 
 def _completion(text: str) -> Completion:

@@ -15,6 +15,7 @@ import torch
 from gruppo.data import ProblemStream
 from gruppo.engine import LocalEngine
 from gruppo.evaluate import Evaluator
+from gruppo.interrupt import ending_with
 from gruppo.model import Encoder, Loaded, attach, compute_dtype, end_ids, load
 from gruppo.model.parts import context_length
 from gruppo.objective import Objective
@@ -139,19 +140,24 @@ def resolve(recipe: Recipe, report: Report) -> Parts:
     """
     reward = open_rewards(recipe)
     try:
-        recipe = replace(recipe, model=pin(recipe.model))
-        opened = open_model(recipe.model, recipe, report)
-        problems = open_problems(
-            recipe.data,
-            opened.encoder.encode,
-            report,
-            max_prompt_tokens=prompt_limit(recipe, context_length(opened.model)),
-        )
-        refuse_wrong_grading(recipe.reward, reward, problems, report)
-        return _assemble(recipe, opened, reward, problems)
+        with ending_with(reward.close):
+            return _resolve(recipe, reward, report)
     except BaseException:
         reward.close()
         raise
+
+
+def _resolve(recipe: Recipe, reward: RewardSet, report: Report) -> Parts:
+    recipe = replace(recipe, model=pin(recipe.model))
+    opened = open_model(recipe.model, recipe, report)
+    problems = open_problems(
+        recipe.data,
+        opened.encoder.encode,
+        report,
+        max_prompt_tokens=prompt_limit(recipe, context_length(opened.model)),
+    )
+    refuse_wrong_grading(recipe.reward, reward, problems, report)
+    return _assemble(recipe, opened, reward, problems)
 
 
 def _assemble(recipe: Recipe, opened: Opened, reward: RewardSet, problems: Splits) -> Parts:
@@ -220,9 +226,9 @@ def _device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not _is_here(torch.device(name)):
         raise ValueError(
-            f'model.device = "{name}": torch can use no such device here; choose another, such as '
-            '"cpu". A run keeps its device in its recipe.toml: change it there to resume, or for '
-            "eval and chat with --set model.device=cpu"
+            f'model.device = "{name}": torch can use no such device here; choose another (cpu, '
+            "cuda, mps or xpu). A run keeps its device in its recipe.toml: change it there to "
+            "resume, or for eval and chat with --set model.device=cpu"
         )
     return name
 

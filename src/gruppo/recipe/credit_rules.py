@@ -7,11 +7,14 @@ and then the credit itself refuses it. Here stands what the recipe's own setting
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
-from gruppo.objective import MaxRl, PasskAnalytic, innermost, reads_total
+from gruppo.objective import MaxRl, PasskAnalytic, Process, innermost, reads_total
+from gruppo.recipe.fields import kind_of
 from gruppo.recipe.mistakes import Mistake, mistake
-from gruppo.reward import SHAPE_KINDS
+from gruppo.reward import SHAPE_KINDS, Function
+
+_FUNCTION: Final = kind_of(Function)
 
 
 def takes_shaping(credit: object) -> bool:
@@ -44,12 +47,31 @@ def find_unfit(reward: Any, rollout: Any, objective: Any) -> Iterator[Mistake]:
         yield from _not_binary(reward, rollout)
     if isinstance(credit, MaxRl):
         yield from _negative(reward, rollout)
+    if isinstance(credit, Process):
+        yield from _without_steps(reward)
+
+
+def _without_steps(reward: Any) -> Iterator[Mistake]:
+    """Steps are those of the task parts, and only a function of the user's own can give some."""
+    tasks = _task_names(reward)
+    if not any(part.kind == _FUNCTION for part in reward.parts if part.name in tasks):
+        yield mistake(
+            "reward.task" if reward.task is not None else "reward.parts",
+            f"{', '.join(tasks)} gives no process rewards, of which objective.credit (process) "
+            "makes advantages: all would be 0. Use another credit, or make the task a reward "
+            'function of your own that returns Scores with steps (kind = "function")',
+        )
+
+
+def _task_names(reward: Any) -> tuple[str, ...]:
+    if reward.task is None:
+        return tuple(part.name for part in reward.parts if not part.shape)[:1]
+    return (reward.task,) if isinstance(reward.task, str) else reward.task
 
 
 def _not_binary(reward: Any, rollout: Any) -> Iterator[Mistake]:
     reason = "makes rewards other than 0 and 1, which objective.credit (passk_analytic) needs"
-    plain = [part.name for part in reward.parts if not part.shape]
-    tasks = (reward.task,) if isinstance(reward.task, str) else reward.task or plain[:1]
+    tasks = _task_names(reward)
     for part in reward.parts:
         path = f"reward.parts.{part.name}"
         added = part.shape or (part.name not in tasks and reward.clip_range is None)

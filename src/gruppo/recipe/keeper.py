@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gruppo.evaluate import Evaluation, Graded
+from gruppo.evaluate import Evaluation, Graded, in_order
 from gruppo.model.packaged import quiet
 from gruppo.objective import Coefficients
 from gruppo.policy import Policy, checkpoint
@@ -139,9 +139,10 @@ def _size_of(tensors: Mapping[str, Tensor]) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())
 
 
-def read_evaluation(database: Database, step: int) -> Evaluation | None:
+def read_evaluation(database: Database, step: int, parts: Sequence[str] = ()) -> Evaluation | None:
     """The recorded evaluation after ``step`` with the completions kept of it; None: there is none.
 
+    Metrics are in the order of a fresh evaluation whose reward has these ``parts``.
     Completions have their text, not their tokens. They are in ``greedy`` if one was kept of each
     problem, else in ``sampled``.
     """
@@ -149,6 +150,7 @@ def read_evaluation(database: Database, step: int) -> Evaluation | None:
     metrics = {name: dict(points)[step] for name, points in series.items() if step in dict(points)}
     if not metrics:
         return None
+    metrics = in_order(metrics, parts)
     samples = database.samples(step)
     graded = tuple(
         _graded(list(rows)) for _, rows in groupby(samples, key=lambda s: (s.source, s.problem))

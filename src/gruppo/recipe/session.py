@@ -6,15 +6,17 @@ sure that all of them are closed. The loop itself is ``gruppo.train``.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from gruppo.budget import Budget
+from gruppo.interrupt import ending_with
 from gruppo.policy import checkpoint
 from gruppo.recipe.build import Parts, Report, resolve
 from gruppo.recipe.dump import dump
@@ -24,7 +26,7 @@ from gruppo.recipe.recipe import Recipe
 from gruppo.recipe.source import override, parse
 from gruppo.record import Database, RunDirectory, Tracker, check_unused, library
 from gruppo.train import Run, TrainState
-from gruppo.types import Callback
+from gruppo.types import Callback, Listener
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +48,33 @@ def run_path(recipe: Recipe, name: str) -> Path:
 
 @contextmanager
 def start(
-    recipe: Recipe, path: Path, report: Report, *, callbacks: Sequence[Callback] = ()
+    recipe: Recipe,
+    path: Path,
+    report: Report,
+    *,
+    callbacks: Sequence[Callback] = (),
+    listeners: Sequence[Listener] = (),
+    began: float | None = None,
 ) -> Iterator[Session]:
     """Open everything for a new run, then make its directory ``path``.
 
-    Nothing is written before all parts are there. Raises:
+    Nothing is written before all parts are there, and nothing is left if a tracker cannot start.
+
+    Args:
+        recipe: What to train, and how.
+        path: The folder to make.
+        report: Told what is slow or worth knowing, in words.
+        callbacks: Called with ``(step, groups, metrics)`` after every step.
+        listeners: Called with ``(step, metrics)`` after every evaluation.
+        began: When ``train.time_limit_s`` began to count (``time.monotonic()``); None: now.
+
+    Raises:
         ValueError: the directory is in use, or something in the recipe cannot be used.
         ImportError: a tracker is not installed.
-        OSError: a file, download or hub failed, or the disk is too small for a checkpoint.
+        OSError: a file, download or hub failed, the disk is too small for a checkpoint, or a
+            tracker cannot be started.
     """
-    budget = Budget()
+    budget = _budget(began)
     check_unused(path)  # most likely it is taken: say so before a model is opened
     for tracker in recipe.record.trackers:
         library(tracker.kind)
@@ -64,33 +83,66 @@ def start(
         _check_space(parts, path)
         asked = {key: value for key, value in _chosen(recipe) if value == "auto"}
         meta = {"asked": asked} if asked else {}
+        existed = path.exists()
         directory = stack.enter_context(RunDirectory.create(path, dump(parts.recipe), meta=meta))
-        database = stack.enter_context(_database(directory, recipe))
-        told = (*callbacks, *_trackers(stack, directory, recipe, resumed_after=None))
-        yield _session(parts, directory, database, state=None, callbacks=told, budget=budget)
+        try:
+            database = stack.enter_context(_database(directory, recipe))
+            trackers = _trackers(stack, directory, recipe, redone_from=None)
+        except BaseException:
+            stack.close()
+            shutil.rmtree(path, ignore_errors=True)  # it was empty or not there
+            if existed:
+                path.mkdir()
+            raise
+        run = _run(parts, directory, database, state=None, budget=budget)
+        run = _told(run, callbacks, listeners, trackers)
+        yield Session(directory=directory, database=database, parts=parts, run=run, state=None)
 
 
 @contextmanager
-def resume(path: Path, report: Report, *, callbacks: Sequence[Callback] = ()) -> Iterator[Session]:
+def resume(
+    path: Path,
+    report: Report,
+    *,
+    callbacks: Sequence[Callback] = (),
+    listeners: Sequence[Listener] = (),
+    began: float | None = None,
+) -> Iterator[Session]:
     """Open the run in ``path`` as it was after its newest intact checkpoint.
+
+    The arguments are those of ``start``.
 
     Raises:
         ValueError: it is no run, in use, made with other data or another model, or on a device
             that is not here.
         ImportError: a tracker is not installed.
-        OSError: a file failed, or every checkpoint is damaged.
+        OSError: a file failed, every checkpoint is damaged, or a tracker cannot be started.
     """
-    budget = Budget()
+    budget = _budget(began)
     with ExitStack() as stack:
         directory = stack.enter_context(RunDirectory.open(path))
         recipe = read_recipe(directory)
+        for tracker in recipe.record.trackers:
+            library(tracker.kind)
         parts = _resolve(stack, recipe, report)
         _check_space(parts, path)
         database = stack.enter_context(_database(directory, recipe))
         state = _go_back(parts, directory, database, report)
-        last = database.last_step()
-        told = (*callbacks, *_trackers(stack, directory, recipe, resumed_after=last))
-        yield _session(parts, directory, database, state=state, callbacks=told, budget=budget)
+        trackers = _trackers(stack, directory, recipe, redone_from=_redone_from(state))
+        run = _run(parts, directory, database, state=state, budget=budget)
+        run = _told(run, callbacks, listeners, trackers)
+        yield Session(directory=directory, database=database, parts=parts, run=run, state=state)
+
+
+def _budget(began: float | None) -> Budget:
+    return Budget() if began is None else Budget(began=began)
+
+
+def _redone_from(state: TrainState | None) -> int:
+    """The first step whose metrics a resumed run gives again; 0 is the evaluation before it."""
+    if state is None or (state.step == 0 and state.evaluated < 0):
+        return 0
+    return state.step + 1
 
 
 def read_recipe(directory: RunDirectory, settings: Iterable[str] = ()) -> Recipe:
@@ -104,6 +156,7 @@ def _resolve(stack: ExitStack, recipe: Recipe, report: Report) -> Parts:
     torch.manual_seed(recipe.train.seed)
     parts = resolve(recipe, report)
     stack.callback(parts.close)
+    stack.enter_context(ending_with(parts.reward.close))
     return parts
 
 
@@ -128,24 +181,44 @@ def _database(directory: RunDirectory, recipe: Recipe) -> Database:
 
 
 def _trackers(
-    stack: ExitStack, directory: RunDirectory, recipe: Recipe, *, resumed_after: int | None
+    stack: ExitStack, directory: RunDirectory, recipe: Recipe, *, redone_from: int | None
 ) -> list[Tracker]:
     started = []
-    for kind in recipe.record.trackers:
-        started.append(kind.start(directory, resumed_after=resumed_after))
+    for tracker in recipe.record.trackers:
+        try:
+            started.append(tracker.start(directory, redone_from=redone_from))
+        except Exception as error:  # a login, the network: each library raises classes of its own
+            raise OSError(
+                f"record.trackers: {tracker.kind} could not be started: {error}. Mend that (a "
+                "login, the network), or take it out of record.trackers in the recipe; a run that "
+                "is resumed has its own in its folder, recipe.toml"
+            ) from error
         stack.callback(started[-1].close)
     return started
 
 
-def _session(
+def _told(
+    run: Run,
+    callbacks: Sequence[Callback],
+    listeners: Sequence[Listener],
+    trackers: Sequence[Tracker],
+) -> Run:
+    """The run with all who are told of its steps and of its evaluations."""
+    return replace(
+        run,
+        callbacks=(*callbacks, *trackers),
+        listeners=(*listeners, *(tracker.evaluated for tracker in trackers)),
+    )
+
+
+def _run(
     parts: Parts,
     directory: RunDirectory,
     database: Database,
     *,
     state: TrainState | None,
-    callbacks: tuple[Callback, ...],
     budget: Budget,
-) -> Session:
+) -> Run:
     recipe = parts.recipe
     keeper = RunKeeper(
         directory=directory,
@@ -156,7 +229,7 @@ def _session(
         adapter=recipe.model.lora is not None,
         saved=state.step if state is not None else None,
     )
-    run = Run(
+    return Run(
         policy=parts.policy,
         engine=parts.opened.engine,
         rollouts=parts.rollouts,
@@ -164,10 +237,8 @@ def _session(
         settings=recipe.train,
         keeper=keeper,
         evaluator=parts.evaluator,
-        callbacks=callbacks,
         budget=budget,
     )
-    return Session(directory=directory, database=database, parts=parts, run=run, state=state)
 
 
 def _go_back(

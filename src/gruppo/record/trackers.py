@@ -21,7 +21,7 @@ Kind = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Tracker:
-    """A callback that sends metrics somewhere. Close it at the end.
+    """A callback that sends metrics somewhere; ``evaluated`` listens. Close it at the end.
 
     Made of two functions: ``log(step, metrics)`` and ``finish()``.
     """
@@ -54,22 +54,19 @@ class TensorBoard:
     kind: Literal["tensorboard"] = "tensorboard"
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    def start(self, run: RunDirectory, *, resumed_after: int | None = None) -> Tracker:
+    def start(self, run: RunDirectory, *, redone_from: int | None = None) -> Tracker:
         """Open the event files.
 
         Args:
             run: The run.
-            resumed_after: The step that a resumed run goes on from; what an earlier life drew
-                after it is hidden.
+            redone_from: In a resumed run, the first step that is told again (0: the evaluation
+                before training); what an earlier life drew from there on is hidden.
 
         Raises:
             ImportError: tensorboard is not installed.
         """
-        purge = None
-        if resumed_after is not None:  # from the start: the evaluation before it comes again too
-            purge = resumed_after + 1 if resumed_after else 0
         folder = str(run.path / "tensorboard")
-        writer = library(self.kind).SummaryWriter(folder, purge_step=purge)
+        writer = library(self.kind).SummaryWriter(folder, purge_step=redone_from)
 
         def log(step: int, metrics: dict[str, float]) -> None:
             for name, value in metrics.items():
@@ -96,7 +93,7 @@ class Wandb:
     entity: str | None = None
     mode: Literal["online", "offline"] = "online"
 
-    def start(self, run: RunDirectory, *, resumed_after: int | None = None) -> Tracker:
+    def start(self, run: RunDirectory, *, redone_from: int | None = None) -> Tracker:
         """Start the run, or go on with it.
 
         Raises:
@@ -135,7 +132,7 @@ class Trackio:
     project: str = "gruppo"
     space: str | None = None
 
-    def start(self, run: RunDirectory, *, resumed_after: int | None = None) -> Tracker:
+    def start(self, run: RunDirectory, *, redone_from: int | None = None) -> Tracker:
         """Start the run, or go on with it (trackio knows runs by name: the id is part of it).
 
         Raises:

@@ -17,7 +17,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Protocol, TypeVar, runtime_checkable
 
-from gruppo.types import Completion, Failure, Problem, Score, is_live
+from gruppo.types import Completion, Failure, Problem, Score, is_task_live
 
 T = TypeVar("T")
 GroupRows = tuple[Problem, Sequence[Completion]]
@@ -114,8 +114,9 @@ class RewardSet:
         task: the part (or parts, for mixed data: the first that gave a value counts) whose
             unshaped value is the task metric. Default: the first part that is no shaping term.
         clip_range: (low, high) for the total, or None.
-        shape_only_live: add shaping terms only in groups whose task metric varies; elsewhere
-            they alone would decide the advantage (all-wrong rows trained purely on length).
+        shape_only_live: add shaping terms only in groups whose task metric varies among the rows
+            with a total; elsewhere they alone would decide the advantage (all-wrong rows trained
+            purely on length).
 
     Example:
         >>> from gruppo.types import Completion, Problem
@@ -170,11 +171,10 @@ class RewardSet:
             return self.part_names[:1]
         return (self.task,) if isinstance(self.task, str) else self.task
 
-    def answer_template(self) -> str | None:
-        """A completion with ``{answer}`` where all task parts read it; None if one cannot say."""
-        tasks = [part.reward for part in self.parts if part.name in self.task_names]
-        found = {task.template() if isinstance(task, Locates) else None for task in tasks}
-        return found.pop() if len(found) == 1 else None
+    def answer_templates(self) -> dict[str, str | None]:
+        """A completion with ``{answer}`` where each task part reads it; None if it cannot say."""
+        tasks = {part.name: part.reward for part in self.parts if part.name in self.task_names}
+        return {k: v.template() if isinstance(v, Locates) else None for k, v in tasks.items()}
 
     def score(self, problem: Problem, completions: Sequence[Completion]) -> tuple[Score, ...]:
         """Score one group: one ``Score`` per completion, in order. Never raises."""
@@ -236,7 +236,7 @@ class RewardSet:
         self, part: Part, before: tuple[Score, ...], terms: Sequence[_Cell]
     ) -> tuple[Score, ...]:
         """Record a shaping term, and add it where it counts."""
-        live = is_live(score.task for score in before) or not self.shape_only_live
+        live = is_task_live(before) or not self.shape_only_live
         counts = live and part.weight != 0
         return tuple(
             replace(

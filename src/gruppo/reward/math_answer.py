@@ -28,6 +28,8 @@ _MATH_WORD = re.compile(r"sqrt|frac|infty|theta|alpha|beta|gamma|delta|lambda|\b
 _TIME = re.compile(r"\d{1,2}:\d{2}(?::\d{2})?\s*(?:[ap]\.?\s*m\.?)?", re.IGNORECASE)
 _CHOICE = re.compile(r"\(?([A-Z])\)?")
 _CHOICE_GIVEN = re.compile(r"\(?([A-Za-z])(?:[).:](.*))?", re.DOTALL)
+# Without the reference, "A" may be a variable: its case counts, and only "A) ..." is a choice.
+_CHOICE_VOTED = re.compile(r"\(?([A-Za-z])[).:]?|\(?([A-Z])\)\s+(\w.*)", re.DOTALL)
 _HEDGE = re.compile(r"\b[A-Z]\)|\b(?:or|and)\b")
 _ELLIPSIS = re.compile(r"\\[lcdv]?dots[cbmio]?\b|\.\.\.|…")
 _UNIT = re.compile(r"\s*(?:\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\^\s*\{?\\circ\}?|\\degree)\s*$")
@@ -179,13 +181,19 @@ def tidy(text: str) -> str:
 def spelled_alike(answer: str) -> str:
     r"""Return an answer in the spelling that it shares with others plainly equal to it.
 
+    A percentage, which is graded as equal to two numbers, is spelled as the fraction of one.
+
     >>> spelled_alike(r"$\frac{1}{2}$"), spelled_alike("0.50"), spelled_alike(r"\dfrac{x}{2} ")
     ('1/2', '1/2', '\\frac{x}{2}')
+    >>> spelled_alike(r"50\%"), spelled_alike("(A)"), spelled_alike("A) both"), spelled_alike("A")
+    ('1/2', 'A', 'A', 'A')
     """
     given = tidy(answer)
-    readings = _readings(given)
-    if len(readings) == 1:  # a percentage has two, and stays text
-        return str(readings[0])
+    if readings := _readings(given):
+        return str(readings[-1])
+    choice = _CHOICE_VOTED.fullmatch(_unwrapped(given))
+    if choice and not _HEDGE.search(choice[3] or ""):
+        return choice[1] or choice[2]
     return _words(given) if _is_words(given) else _plain(_unwrapped(given))
 
 

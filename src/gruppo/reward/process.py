@@ -207,12 +207,25 @@ class Pool:
         """Start one worker if none was; return what its handler says of itself, or its Death."""
         if self._info is None:
             worker = Worker(self._setup)
-            info = worker.wait_ready()
+            info = self._opened(worker)
             if isinstance(info, Death):
                 return info
             self._info = info
             self._give_back(worker)
         return self._info
+
+    def _opened(self, worker: Worker) -> object:
+        """Wait until a new worker is ready; ``close`` can kill it meanwhile."""
+        with self._lock:
+            self._busy.add(worker)
+        try:
+            return worker.wait_ready()
+        except BaseException:
+            worker.kill()
+            raise
+        finally:
+            with self._lock:
+                self._busy.discard(worker)
 
     def map(
         self, payloads: Sequence[bytes], seconds: float, *, max_deaths: int | None = None
@@ -256,7 +269,7 @@ class Pool:
             worker = self._idle.pop() if self._idle else None
         if worker is None:
             worker = Worker(self._setup)
-            info = worker.wait_ready()
+            info = self._opened(worker)
             if isinstance(info, Death):
                 return info
         with self._lock:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
 from gruppo.reward.answer import gold_text, no_gold
-from gruppo.reward.base import GroupRows, Value, ungraded
+from gruppo.reward.base import GroupRows, Value, refused, ungraded
 from gruppo.reward.extract import MAX_ANSWER
 from gruppo.reward.process import Death, Pool, Reply, Setup, pool
-from gruppo.types import Completion, Problem
+from gruppo.types import Completion, Problem, Score
 
 # A sane pattern takes milliseconds on a completion; processor time, so that load is not blamed.
 _CPU_S: Final = 1.0
@@ -31,8 +31,10 @@ class Regex:
 
     ``full`` asks for a match of the whole text, ``ignore_case`` takes capitals for small letters.
     ``{answer}`` in the pattern stands for the problem's reference answer, taken literally. A match
-    that takes more than a second of processor time is given up: the pattern is to blame, and the
-    completion is unscored. Linux and macOS only.
+    that takes more than a second of processor time is given up, and after eight of these the other
+    texts of the call are not tried. Such completions score the part's minimum if the pattern came
+    to an end on another one of the call: the policy wrote their texts, and must not gain by it.
+    If it ended on none, the pattern is to blame, and they are unscored. Linux and macOS only.
 
     Raises:
         ValueError: the pattern is no regular expression.
@@ -87,14 +89,15 @@ class Regex:
         if not requests:
             return []
         outcomes = self._pool().map(requests, 10 * _CPU_S + 2.0, max_deaths=_MAX_DEATHS)
-        return [self._verdict(outcome) for outcome in outcomes]
+        ended = any(isinstance(o, Reply) and isinstance(o.value, bool) for o in outcomes)
+        return [self._verdict(outcome, late=refused if ended else ungraded) for outcome in outcomes]
 
-    def _verdict(self, outcome: Reply | Death) -> Value:
+    def _verdict(self, outcome: Reply | Death, *, late: Callable[[str, str], Score]) -> Value:
         about = f"pattern {self.pattern!r:.80}"
         if isinstance(outcome, Death):
             if outcome.kind == "timeout" or outcome.code == -signal.SIGPROF:
-                late = outcome.text or f"no result after {_CPU_S:g} s of processor time"
-                return ungraded("timeout", f"{about}: {late}; write it without nested repeats")
+                why = outcome.text or f"no result after {_CPU_S:g} s of processor time"
+                return late("timeout", f"{about}: {why}; write it without nested repeats")
             return ungraded(outcome.kind, f"{about}: {outcome.text or outcome.code}")
         if not isinstance(outcome.value, bool):
             return ungraded(outcome.error_kind or "type", f"{about}: {outcome.error_text}")

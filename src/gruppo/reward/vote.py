@@ -1,7 +1,8 @@
-"""Which answer a completion votes for: its final answer, in one spelling for all equal ones.
+r"""Which answer a completion votes for: its final answer, in one spelling for all equal ones.
 
-The spelling is coarser than text and finer than the rewards' own equality (``0.5`` and ``1/2`` are
-one vote, ``x + 1`` and ``1 + x`` are two). Whether an answer is right is not asked here.
+The spelling is coarser than text and finer than the rewards' own equality (``0.5``, ``1/2`` and,
+for mathematics, ``50\%`` are one vote, ``(A)`` and ``A`` are one, ``x + 1`` and ``1 + x`` are two).
+Whether an answer is right is not asked here.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from gruppo.reward import Countdown, Exact, Math, Number, Regex
+from gruppo.reward import Countdown, Exact, Math, Number
 from gruppo.reward.extract import Where, after_thinking, find_answer, one_number
 from gruppo.reward.math_answer import spelled_alike
 
@@ -19,8 +20,9 @@ Ballot = Callable[[str], str | None]
 def ballot(reward: object) -> Ballot | None:
     """How to read the vote off the text of a completion that ``reward`` grades.
 
-    None for rewards that grade something else than an answer (functions, layouts). A vote is None
-    where the text has no answer.
+    None for rewards that grade something else than an answer (functions, layouts), or do not say
+    which words of the text are the answer (``Regex``: a text with its thinking is like no other).
+    A vote is None where the text has no answer.
 
     >>> read = ballot(Number(where="last"))
     >>> read("so 1/2"), read("or 0.50"), read("no idea")
@@ -35,8 +37,6 @@ def ballot(reward: object) -> Ballot | None:
             return lambda text: _collapsed(_text(text, where), fold=fold)
         case Countdown(where=where):
             return lambda text: "".join(_text(text, where).split()) or None
-        case Regex():
-            return _collapsed
         case _:
             return None
 
