@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gruppo.model.footprint import Footprint, footprint
+from gruppo.model.footprint import Footprint, Shape, footprint
 from gruppo.recipe import Recipe
 from gruppo.recipe.build import pin
 from gruppo.recipe.problems import USUAL_PROMPT
@@ -82,6 +82,14 @@ class MemoryPlan:
         return f"memory: about {self.peak / _GIB:.1f} GiB at the peak ({worst}); {told} GiB"
 
 
+def told(recipe: Recipe) -> str:
+    """The plan in one line, or why there is none (a model that was not fetched yet, say)."""
+    try:
+        return memory(recipe).text()
+    except (ValueError, OSError) as error:
+        return f"memory: not known ({error})"
+
+
 def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
     """Plan the memory of a run of ``recipe``.
 
@@ -98,13 +106,11 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
     groups = _groups(recipe, length)
     found = footprint(
         model.name,
+        Shape(prompts=[length] * len(groups), group=max(groups), completion=rollout.max_tokens),
         revision=model.revision,
         lora=model.lora,
         compute=compute,
         gradient_checkpointing=model.gradient_checkpointing,
-        prompts=[length] * len(groups),
-        group=max(groups),
-        completion=rollout.max_tokens,
     )
     needs_reference = recipe.objective.build(max_tokens=rollout.max_tokens).needs_reference
     copied = needs_reference and (model.lora is None or recipe.train.reference_sync_steps > 0)

@@ -25,13 +25,8 @@ from gruppo.policy import Policy
 from gruppo.rollout import Collected, Rollouts, tensorise
 from gruppo.selftest import self_test
 from gruppo.settings import TrainSettings
-<<<<<<< HEAD
-from gruppo.types import Callback, Engine, Group
-from gruppo.update import SETTING, Targets, UpdateResult, gather_evidence, update
-=======
 from gruppo.types import Callback, Engine, Group, Listener
-from gruppo.update import Targets, UpdateResult, gather_evidence, update
->>>>>>> main
+from gruppo.update import SETTING, Targets, UpdateResult, gather_evidence, update
 
 MAX_SKIPPED = 3
 """Non-finite steps in a row that stop the run: one is bad luck, three are a broken run."""

@@ -77,7 +77,7 @@ class Narrow:
 
 @pytest.mark.parametrize("fails_in", ["forward", "backward"])
 def test_the_gradient_is_that_of_a_machine_with_memory(tiny_folder, monkeypatch, fails_in):
-    objective, batch = named("grpo"), rollout()
+    objective, batch = named("default"), rollout()
     settings = UpdateSettings(skip_dead=False)
     gradients = []
     for most in (99, 5):
@@ -106,7 +106,7 @@ def test_the_gradient_is_that_of_a_machine_with_memory(tiny_folder, monkeypatch,
 
 
 def test_no_grad_passes_and_later_steps_know_the_limit(tiny_folder, monkeypatch):
-    objective, batch = named("grpo"), rollout()
+    objective, batch = named("default"), rollout()
     settings = UpdateSettings(inner_epochs=2)
     policy = policy_of(wide_model(tiny_folder))
     whole = gather_evidence(policy, objective, batch, settings).old_logp

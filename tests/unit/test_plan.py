@@ -7,19 +7,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from gruppo import plan
 from gruppo.engine import LocalEngine
 from gruppo.model import Lora, attach, load
-from gruppo.model.footprint import footprint
+from gruppo.model.footprint import Shape, footprint
 from gruppo.model.logprob import packed_states
-from gruppo.model.packing import pack
 from gruppo.recipe import load as load_recipe
 from gruppo.types import Request, Sampling
 
 
-def really_saved(model, prompts, group, completion, dtype) -> int:
+def really_saved(model, shape: Shape, dtype) -> int:
     """Bytes that autograd keeps of a real forward of the same packed row."""
-    rows = [tuple(range(1, n + 1)) for n in prompts for _ in range(group)]
-    rows = [(number // group, *row[1:]) for number, row in enumerate(rows)]
-    tokens = torch.zeros(len(rows), completion, dtype=torch.long)
-    packing = pack(rows, tokens, [completion] * len(rows))
+    packing = shape.packed()
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -39,13 +35,12 @@ def really_saved(model, prompts, group, completion, dtype) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lora", [None, Lora(rank=4)])
 def test_saved_activations_are_those_of_a_real_forward(tiny_folder, dtype, lora):
-    found = footprint(
-        str(tiny_folder), compute=dtype, lora=lora, prompts=[9, 4], group=3, completion=6
-    )
+    shape = Shape(prompts=[9, 4], group=3, completion=6)
+    found = footprint(str(tiny_folder), shape, compute=dtype, lora=lora)
     model = load(str(tiny_folder)).model
     if lora is not None:
         model = attach(model, lora, compute_dtype=dtype)
-    assert found.saved == really_saved(model, [9, 4], 3, 6, dtype)
+    assert found.saved == really_saved(model, shape, dtype)
     assert found.weights == sum(p.nbytes for p in model.parameters())
     assert found.trainable == sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
@@ -53,7 +48,9 @@ def test_saved_activations_are_those_of_a_real_forward(tiny_folder, dtype, lora)
 def test_checkpointing_keeps_less(tiny_folder):
     sizes = [
         footprint(
-            str(tiny_folder), gradient_checkpointing=on, prompts=[9], group=3, completion=6
+            str(tiny_folder),
+            Shape(prompts=[9], group=3, completion=6),
+            gradient_checkpointing=on,
         ).saved
         for on in (False, True)
     ]

@@ -81,7 +81,7 @@ def train(recipe: Recipe, *, set: Settings = (), dry_run: bool = False) -> int:
     Parameters
     ----------
     dry_run: bool
-        Print the recipe with all its values and the batch arithmetic; train nothing.
+        Print the recipe with all its values, the batch arithmetic and the memory; train nothing.
     """
     began = time.monotonic()  # what is imported below counts for train.time_limit_s
     from gruppo.recipe import load
@@ -89,10 +89,12 @@ def train(recipe: Recipe, *, set: Settings = (), dry_run: bool = False) -> int:
     checked = load(recipe, set)
     console = Console()
     if dry_run:
+        from gruppo.plan import told
         from gruppo.recipe.describe import describe
         from gruppo.recipe.dump import dump
 
-        _say(console, f"{dump(checked)}\n# " + describe(checked).replace("\n", "\n# "))
+        words = f"{describe(checked)}\n{told(checked)}"
+        _say(console, f"{dump(checked)}\n# " + words.replace("\n", "\n# "))
         return 0
     from gruppo.cli.training import start
 

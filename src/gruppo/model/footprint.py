@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from gruppo.model.adapter import Lora, attach
 from gruppo.model.attention import NAME
-from gruppo.model.packing import pack
 from gruppo.model.logprob import packed_states
+from gruppo.model.packing import Packing, pack
 from gruppo.model.parts import causal, embedding, text_config
 from gruppo.model.source import checkpoint_activations, locate, quiet
 
@@ -45,18 +45,35 @@ class Footprint:
     cache_per_token: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """One packed row: prompts of these lengths, each with ``group`` completions of a length."""
+
+    prompts: Sequence[int]
+    group: int
+    completion: int
+
+    def packed(self) -> Packing:
+        """Its layout. Every prompt differs in its first token: equal neighbours would be one."""
+        rows = [
+            (number, *range(1, length))
+            for number, length in enumerate(self.prompts)
+            for _ in range(self.group)
+        ]
+        tokens = torch.zeros(len(rows), self.completion, dtype=torch.long)
+        return pack(rows, tokens, [self.completion] * len(rows))
+
+
 def footprint(
     name: str,
+    shape: Shape,
     *,
     revision: str | None = None,
     lora: Lora | None = None,
     compute: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
-    prompts: Sequence[int],
-    group: int,
-    completion: int,
 ) -> Footprint:
-    """Count for one packed row: prompts of these lengths, each with ``group`` completions.
+    """Count for a forward of ``shape`` through the model ``name``.
 
     Raises:
         ValueError, OSError: the model's configuration cannot be had.
@@ -65,15 +82,13 @@ def footprint(
         config = AutoConfig.from_pretrained(
             locate(name), revision=revision, trust_remote_code=False
         )
-    rows = [tuple(range(length)) for length in prompts for _ in range(group)]
-    tokens = torch.zeros(len(rows), completion, dtype=torch.long)
-    # every prompt differs in its first token, or neighbours would share it
-    rows = [(number // group, *row[1:]) for number, row in enumerate(rows)]
-    packing = pack(rows, tokens, [completion] * len(rows))
+    packing = shape.packed()
     mixed = compute == torch.bfloat16
     saved: dict[int, int] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), quiet():
+    with torch.device("meta"), quiet():
         model = _skeleton(config, lora, compute, gradient_checkpointing)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _pretend(model)
         weights = {_key(p): p for p in model.parameters()}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -100,6 +115,19 @@ def _skeleton(
     if lora is not None:
         model = attach(model, lora, compute_dtype=compute)
     return model.train()
+
+
+def _pretend(model: nn.Module) -> None:
+    """Put fake tensors on the CPU in place of meta ones, so that a CPU's kernels are chosen."""
+    known: dict[int, nn.Parameter] = {}  # tied weights stay one
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                new = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+                module._parameters[name] = known.setdefault(id(p), new)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _count(

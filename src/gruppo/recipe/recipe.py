@@ -58,8 +58,9 @@ class ModelSection:
         if not self.name.strip():
             raise ValueError("name is empty: give a hub name, a folder or pypi:NAME")
         if not _DEVICE.fullmatch(self.device):
-<<<<<<< HEAD
-            raise ValueError(f'device = "{self.device}": must be auto, cpu, cuda or cuda:N')
+            raise ValueError(
+                f'device = "{self.device}": must be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N'
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +81,6 @@ class EngineSection:
     max_cached_tokens: int | None = None
 
     def __post_init__(self) -> None:
-=======
-            raise ValueError(
-                f'device = "{self.device}": must be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N'
-            )
->>>>>>> main
         if self.max_rows < 1:
             raise ValueError(f"max_rows = {self.max_rows}: must be at least 1")
         if self.max_cached_tokens is not None and self.max_cached_tokens < 1:
