@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gruppo.bench import Work, curve, measure, versus, versus_trl
-from gruppo.bench.curves import positions
+from gruppo.bench import curves, versus
+from gruppo.bench.curves import curve, positions
+from gruppo.bench.measure import measure
+from gruppo.bench.versus import versus_trl
+from gruppo.bench.work import Work
 from gruppo.cli import main
 
 SMALL = {"prompts": 2, "group": 4, "max_tokens": 3, "steps": 2, "warmup": 0, "compute": "float32"}
@@ -57,8 +60,6 @@ def test_positions_count_a_prompt_once():
 
 
 def test_a_curve_varies_one_thing(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    from gruppo.bench import curves
-
     monkeypatch.setitem(curves.CURVES, "group", (2, 4))
     small = Work(model=str(tiny_folder), prompt_tokens=9, **SMALL)
     points = curve(small, "group")
@@ -106,10 +107,10 @@ def test_both_systems_get_the_same_work(tiny_folder: Path, tmp_path: Path):
 def test_the_command_writes_json(tiny_folder: Path, tmp_path: Path, capsys):
     output = tmp_path / "out" / "bench.json"
     options = ["--prompts", "2", "--group", "2", "--max-tokens", "2", "--steps", "1"]
-    told = ["bench", str(tiny_folder), *options, "--compute", "float32", "--output", str(output)]
+    told = ["bench", "--model", str(tiny_folder), *options, "--compute", "float32", "--output", str(output)]
     assert main(told) == 0
     found = json.loads(output.read_text())
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert found["measured"]["work"]["group"] == 2
     assert "forward_backward" in capsys.readouterr().out
-    assert main(["bench", str(tiny_folder), "--curves", "size"]) == 2
+    assert main(["bench", "--model", str(tiny_folder), "--curves", "size"]) == 2

@@ -103,7 +103,7 @@ class _Bench:
             total_updates=work.steps + work.warmup,
             compute_dtype=dtype,
             reference="copy" if work.beta else "none",
-            packing=work.packing,
+            packing=not work.plain,
         )
         encoder = _encoder(loaded)
         self.engine = LocalEngine(
@@ -112,7 +112,7 @@ class _Bench:
             pad_token=encoder.pad_token,
             compute_dtype=dtype,
             max_rows=work.prompts * work.group,
-            kind=work.engine,
+            kind="plain" if work.plain else "shared",
         )
         total = (work.steps + work.warmup) * work.prompts
         self.prompts = _prompts(work, loaded, encoder, total)

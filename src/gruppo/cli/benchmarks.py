@@ -10,7 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gruppo.bench import CURVES, Measured, Work, curve, machine, measure, versus_trl
+from gruppo.bench.curves import CURVES, curve
+from gruppo.bench.machine import machine
+from gruppo.bench.measure import Measured, measure
+from gruppo.bench.versus import versus_trl
+from gruppo.bench.work import Work
 
 
 def run(
