@@ -21,8 +21,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-import trl  # pyrefly: ignore[missing-import]
-from datasets import Dataset  # pyrefly: ignore[missing-import]
 from transformers import TrainerCallback
 
 
@@ -62,6 +60,9 @@ class Clock(TrainerCallback):
 
 def main(work: dict[str, Any]) -> dict[str, Any]:
     """Train for the steps of ``work`` and return medians by phase."""
+    import trl  # pyrefly: ignore[missing-import]
+    from datasets import Dataset  # pyrefly: ignore[missing-import]
+
     rows = [
         {"prompt": [{"role": "user", "content": question}], "right": index % 2}
         for index, question in enumerate(work["questions"])
