@@ -101,7 +101,7 @@ class Fitting:
     def _limit(self, size: int, before: int) -> None:
         if self.limit is None:
             _log.warning(
-                "out of memory: going on with %s = %d (was %d); no result depends on it",
+                "out of memory: going on with %s = %d (was %d)",
                 self._setting,
                 size,
                 before,

@@ -86,8 +86,9 @@ def told(recipe: Recipe) -> str:
     """The plan in one line, or why there is none (a model that was not fetched yet, say)."""
     try:
         return memory(recipe).text()
-    except (ValueError, OSError) as error:
-        return f"memory: not known ({error})"
+    except (ValueError, OSError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        # a model whose own code does not run on tensors without memory, say
+        return f"memory: not known ({str(error)[:200]})"
 
 
 def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:

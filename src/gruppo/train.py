@@ -133,7 +133,8 @@ def train(run: Run, state: TrainState | None = None) -> Outcome:
     """Train from ``state`` (None: from the start) to the last step, and evaluate around it.
 
     Raises:
-        OutOfMemory: a step does not fit, however it is cut; the last finished one has been saved.
+        OutOfMemory: a step does not fit, however it is cut; the last finished one has been saved
+            (unless an update of this step was made already).
         NumericError: three steps in a row had a non-finite gradient (the weights are untouched),
             or the model's logits are not finite.
         ServiceError: the reward or the engine failed for good.

@@ -119,7 +119,7 @@ def _fitted(
         attempt,
         settings.tokens_per_microbatch,
         total=int(sizes.sum()),
-        least=int(sizes.min()) if len(sizes) else 1,
+        least=int(rollout.length.min().clamp(min=1)) if len(sizes) else 1,
         undo=undo,
     )
 

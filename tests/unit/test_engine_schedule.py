@@ -52,6 +52,15 @@ def test_a_prompt_leaves_with_its_last_row_and_its_place_is_used_again():
     assert plan.is_done
 
 
+def test_a_prompt_is_held_while_rows_of_its_group_wait():
+    plan = schedule(asked((3, 3)), 8, max_rows=1)
+    assert shown(plan.admit()) == [(0, 0, 0, 0, True)]
+    plan.finish([0])
+    assert shown(plan.admit()) == [(0, 1, 0, 0, False)]
+    plan.finish([0])
+    assert shown(plan.admit()) == [(0, 2, 0, 0, False)]
+
+
 def test_equal_prompts_of_two_requests_are_one():
     requests = [
         Request(tokens=(1, 2), num_samples=1, key=(0, 0)),

@@ -63,19 +63,8 @@ def wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def reset_peak(device: str) -> None:
-    """Forget the highest memory so far (on Linux and CUDA; else it stays that of the process)."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
-
-
 def peak_gib(device: str) -> float:
-    """Highest memory since ``reset_peak``: of the device, or resident on the host."""
+    """Highest memory of this process so far: of the device, or resident on the host."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / _GIB
     status = Path("/proc/self/status")

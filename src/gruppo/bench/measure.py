@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from gruppo.bench.machine import peak_gib, reset_peak, wait, watching
-from gruppo.bench.work import Work
+from gruppo.bench.machine import peak_gib, wait, watching
+from gruppo.bench.work import Work, device_of
 from gruppo.engine import LocalEngine
 from gruppo.model import Encoder, Loaded, compute_dtype, end_ids, load
 from gruppo.model.parts import causal, embedding
@@ -57,7 +57,6 @@ def measure(work: Work, *, gflops: dict[str, float] | None = None) -> Measured:
     for number in range(work.warmup):
         bench.step(number)
     bench.seconds.clear()
-    reset_peak(bench.device)
     with watching() as others:
         for number in range(work.steps):
             bench.step(work.warmup + number)
@@ -89,8 +88,7 @@ class _Bench:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        cuda = torch.cuda.is_available()
-        self.device = work.device if work.device != "auto" else "cuda" if cuda else "cpu"
+        self.device = device_of(work)
         kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
         dtype = compute_dtype(self.device) if work.compute == "auto" else kinds[work.compute]
         self.compute = str(dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gruppo.bench.machine import watching
-from gruppo.bench.work import Work
+from gruppo.bench.work import Work, device_of
 from gruppo.model import load
 
 _OURS = "gruppo.bench.child"
@@ -46,8 +46,7 @@ def versus_trl(
     if (work.prompts * work.group) % micro_batch:
         raise ValueError(f"micro_batch = {micro_batch} does not divide prompts x group")
     questions = work.questions((work.steps + work.warmup) * work.prompts)
-    device = "cpu" if work.device == "auto" else work.device
-    task = {**asdict(work), "device": device, "questions": questions}
+    task = {**asdict(work), "device": device_of(work), "questions": questions}
     task |= {"model": load(work.model).folder, "trl_micro_batch": micro_batch}
     script = str(files("gruppo.bench").joinpath("trl_child.py"))
     commands = {"trl": [python, script], "gruppo": [sys.executable, "-m", _OURS]}

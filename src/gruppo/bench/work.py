@@ -82,6 +82,15 @@ class Work:
         return found
 
 
+def device_of(work: Work) -> str:
+    """Where the work is done: CUDA where there is some, unless it says otherwise."""
+    import torch  # the command line reads this module's settings without it
+
+    if work.device != "auto":
+        return work.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _question(line: str, where: str) -> str:
     try:
         row = json.loads(line)

@@ -14,7 +14,7 @@ from gruppo.bench.curves import CURVES, curve
 from gruppo.bench.machine import machine
 from gruppo.bench.measure import Measured, measure
 from gruppo.bench.versus import versus_trl
-from gruppo.bench.work import Work
+from gruppo.bench.work import Work, device_of
 
 
 def run(
@@ -30,7 +30,7 @@ def run(
     """Measure ``work``; with ``trl_python`` TRL in turn with it; ``curves``: how cost grows."""
     if unknown := [name for name in curves if name not in CURVES]:
         raise ValueError(f'curves = "{unknown[0]}": use {", ".join(CURVES)}')
-    here = machine("cuda" if work.device.startswith("cuda") else "cpu")
+    here = machine(device_of(work))
     console.print(_about(here.name, here.threads, here.gflops), highlight=False)
     found: dict[str, Any] = {"machine": asdict(here)}
     if trl_python is not None:

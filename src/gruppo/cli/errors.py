@@ -61,16 +61,22 @@ def explain(error: BaseException) -> str:
         return f"{error}: stopped"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if type(error).__name__ in _OUT_OF_MEMORY:
+    if _is_out_of_memory(error):
         return f"error: {_MEMORY_HELP}"
     if code == BUG:
         return _report(error)
     return f"error: {error}"
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    """By name and words: torch is not imported for it."""
+    words = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return words or type(error).__name__ in _OUT_OF_MEMORY
+
+
 def _is_ours_to_explain(error: BaseException) -> bool:
     """A missing extra (its message says what to install) or a job too large for this machine."""
-    if type(error).__name__ in _OUT_OF_MEMORY:
+    if _is_out_of_memory(error):
         return True
     return isinstance(error, ImportError) and "pip install" in str(error)
 

@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import cache
@@ -38,7 +39,7 @@ def kernels() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _log.info("no compiled kernels, plain torch instead: %s", error)
         return None
 
@@ -54,12 +55,21 @@ def _compiled() -> Path:
     target = cache_folder() / "native" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         _compile(compiler, source, runtime, target)
+    for path in (target.parent, target):
+        _refuse_foreign(path)
     return target
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Load no code that another user could have put there."""
+    status = path.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(f"{path} belongs to, or can be written by, other users")
 
 
 def _compile(compiler: str, source: str, runtime: Path | None, target: Path) -> None:
     """Compile next to ``target`` and rename, so that it is whole or not there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         code.write_text(source, encoding="utf-8")

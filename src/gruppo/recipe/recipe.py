@@ -70,8 +70,8 @@ class EngineSection:
     ``kind = "shared"`` holds a prompt's keys and values once for its group and starts waiting
     completions as soon as others end; models for which that would draw something else (tried on
     opening) take ``"plain"`` waves. ``max_rows`` completions are drawn at once;
-    ``max_cached_tokens`` bounds the tokens whose keys and values are held at once, every prompt
-    counted once and every running completion with its whole budget.
+    ``max_cached_tokens`` bounds the tokens whose keys and values are held at once (buffers round
+    up), every prompt counted once and every running completion with its whole budget.
     """
 
     __pydantic_config__: ClassVar = _FORBID

@@ -115,12 +115,12 @@ class LocalEngine:
             OutOfMemory: one completion at a time does not fit. With more at once, memory running
                 out lowers ``max_rows`` (told once); what is drawn stays the same.
         """
+        self._is_aborted = False
         model = self._open()
         context = context_length(model)
         check_sampling(sampling)
         check_requests(requests, vocab_size=text_config(model).vocab_size, context=context)
         limits = [room(request, sampling, context) for request in requests]
-        self._is_aborted = False
         draw = self._shared if self.is_shared else self._plain
         drawn = self._fitting.do(
             lambda max_rows: draw(model, requests, limits, sampling, max_rows),
@@ -178,6 +178,8 @@ class LocalEngine:
         rows = rows_of(requests, limits)
         schedule = Schedule(rows, requests, max_rows=max_rows, max_tokens=self._max_cached_tokens)
         slots = min(max_rows, len(rows))
+        if self._max_cached_tokens and rows:  # more than these are never admitted together
+            slots = min(slots, max(1, self._max_cached_tokens // min(row.limit for row in rows)))
         steps = max(limits, default=0)
         with (
             generating(model, self._compute_dtype) as dtype,

@@ -8,7 +8,7 @@ Python: it holds no tensors and calls no model.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -42,7 +42,6 @@ class Admission:
 class _Prompt:
     place: int
     length: int
-    rows: int = 0
 
 
 def rows_of(requests: Sequence[Request], limits: Sequence[int]) -> list[Row]:
@@ -72,6 +71,7 @@ class Schedule:
         max_tokens: int | None = None,
     ) -> None:
         self._waiting = deque(rows)
+        self._left = Counter(requests[row.request].tokens for row in rows)
         self._requests = requests
         self._max_rows = max_rows
         self._max_tokens = max_tokens
@@ -107,7 +107,6 @@ class Schedule:
                 break
             self._waiting.popleft()
             prompt = known or self._hold(tokens)
-            prompt.rows += 1
             self._held += need
             self.peak_tokens = max(self.peak_tokens, self._held)
             admitted.append(
@@ -144,9 +143,9 @@ class Schedule:
     def _release(self, row: Row) -> None:
         tokens = self._requests[row.request].tokens
         prompt = self._prompts[tokens]
-        prompt.rows -= 1
+        self._left[tokens] -= 1
         self._held -= row.limit
-        if prompt.rows == 0:
+        if self._left[tokens] == 0:  # no row that waits will ask for it either
             del self._prompts[tokens]
             self._free_places.append(prompt.place)
             self._held -= prompt.length
