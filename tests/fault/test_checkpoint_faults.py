@@ -184,13 +184,13 @@ def files_of(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def falls_back(folder: Path, name: str, reason: str) -> None:
-    """The newest checkpoint is refused, by name and reason, and the older one is found."""
+def refusal(folder: Path) -> str:
+    """Why the newest checkpoint is refused, its path cut off; the older one must be found."""
     bad = folder / "00000002"
-    with pytest.raises(checkpoint.CheckpointError, match=reason) as caught:
+    with pytest.raises(checkpoint.CheckpointError) as caught:
         checkpoint.verify(bad)
-    assert str(caught.value).startswith(f"checkpoint {bad}: {name} ")
     assert checkpoint.latest(folder) == (folder / "00000001", [str(caught.value)])
+    return str(caught.value).removeprefix(f"checkpoint {bad}: ")
 
 
 @pytest.fixture
@@ -237,38 +237,38 @@ def test_no_truncated_file_loads_silently(folder: Path) -> None:
 )
 def test_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / "00000002" / name).unlink()
-    falls_back(folder, name, "is missing")
+    assert refusal(folder).startswith(f"{name} is missing")
 
 
 def test_extra_file_is_named(folder: Path) -> None:
     (folder / "00000002" / "sub" / "pickle.bin").write_bytes(b"")
-    falls_back(folder, "sub/pickle.bin", "is not in the manifest")
+    assert refusal(folder).startswith("sub/pickle.bin is not in the manifest")
 
 
 def test_swapped_files_are_named(folder: Path) -> None:
     bad = folder / "00000002"
     (bad / "sub" / "tokenizer.json").write_bytes((bad / "state.json").read_bytes())
-    falls_back(folder, "sub/tokenizer.json", r"has \d+ bytes, not 256")
+    assert re.match(r"sub/tokenizer.json has \d+ bytes, not 256", refusal(folder))
 
 
 def test_file_of_another_checkpoint_is_named(folder: Path) -> None:
     name = "model.safetensors"
     shutil.copy(folder / "00000001" / name, folder / "00000002" / name)
-    falls_back(folder, name, "does not have the SHA-256")
+    assert refusal(folder).startswith(f"{name} does not have the SHA-256")
 
 
 def test_link_in_place_of_a_file_is_named(folder: Path) -> None:
     file = folder / "00000002" / "state.json"
     file.rename(folder / "elsewhere.json")
     file.symlink_to(folder / "elsewhere.json")
-    falls_back(folder, "state.json", "is no regular file")
+    assert refusal(folder).startswith("state.json is no regular file")
 
 
 def test_folder_in_place_of_the_manifest_is_named(folder: Path) -> None:
     manifest = folder / "00000002" / "manifest.json"
     manifest.unlink()
     manifest.mkdir()
-    falls_back(folder, "manifest.json", "is missing")
+    assert refusal(folder).startswith("manifest.json is missing")
 
 
 def test_all_damaged_is_told_and_none_is_found(folder: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gruppo import native
-from gruppo.native import library as building
+from gruppo.native import compiled as building
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="no C++ compiler here")
 

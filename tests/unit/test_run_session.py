@@ -237,7 +237,7 @@ def test_trackers_go_on_after_the_checkpoint(finished, tmp_path, monkeypatch, st
             seen.append(("start", redone_from, database.last_step()))
         return Tracker(lambda step, metrics: seen.append((step, min(metrics))), lambda: None)
 
-    monkeypatch.setattr("gruppo.recipe.session.library", lambda kind: None)
+    monkeypatch.setattr("gruppo.recipe.session.client_of", lambda kind: None)
     monkeypatch.setattr(Wandb, "start", begin)
     with resume(cut, silent) as session:
         train(session.run, session.state)
@@ -261,7 +261,7 @@ def test_an_evaluation_before_training_that_is_not_made_again_stays_drawn(
     def interrupted(run, state):
         raise Interrupted(signal.SIGINT)
 
-    monkeypatch.setattr("gruppo.recipe.session.library", lambda kind: None)
+    monkeypatch.setattr("gruppo.recipe.session.client_of", lambda kind: None)
     monkeypatch.setattr(Wandb, "start", begin)
     given = recipe(tiny_folder, **WITH_TRACKER, **{"train.steps": "1"})
     with monkeypatch.context() as patch:
@@ -284,7 +284,7 @@ def test_a_tracker_that_cannot_start_leaves_the_name_free(
             "api_key not configured (no-tty)"
         )  # as wandb's own errors are no OSError
 
-    monkeypatch.setattr("gruppo.recipe.session.library", lambda kind: None)
+    monkeypatch.setattr("gruppo.recipe.session.client_of", lambda kind: None)
     monkeypatch.setattr(Wandb, "start", begin)
     if exists:
         (tmp_path / "run").mkdir()
@@ -303,7 +303,7 @@ def test_a_tracker_that_cannot_go_on_leaves_the_run(finished, tmp_path, monkeypa
     cut = cut_after(finished, 2, tmp_path / "run")
     text = (cut / "recipe.toml").read_text()
     (cut / "recipe.toml").write_text(text.replace("trackers = []", 'trackers = [{kind = "wandb"}]'))
-    monkeypatch.setattr("gruppo.recipe.session.library", lambda kind: None)
+    monkeypatch.setattr("gruppo.recipe.session.client_of", lambda kind: None)
     monkeypatch.setattr(Wandb, "start", begin)
     assert main(["resume", str(cut)]) == 3
     assert "recipe.toml" in capsys.readouterr().err

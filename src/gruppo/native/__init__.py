@@ -4,6 +4,6 @@ Each has an equal in plain torch, which is used where no compiler is found.
 """
 
 from gruppo.native.attention import decode_attention, is_supported
-from gruppo.native.library import kernels
+from gruppo.native.compiled import kernels
 
 __all__ = ["decode_attention", "is_supported", "kernels"]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gruppo.native.library import kernels
+from gruppo.native.compiled import kernels
 
 _NAMES = {
     torch.float32: "decode_attention_float32",

@@ -24,7 +24,7 @@ from gruppo.recipe.keeper import RunKeeper, bytes_needed, read_checkpoint
 from gruppo.recipe.load import from_table
 from gruppo.recipe.recipe import Recipe
 from gruppo.recipe.source import override, parse
-from gruppo.record import Database, RunDirectory, Tracker, check_unused, library
+from gruppo.record import Database, RunDirectory, Tracker, check_unused, client_of
 from gruppo.train import Run, TrainState
 from gruppo.types import Callback, Listener
 
@@ -77,7 +77,7 @@ def start(
     budget = _budget(began)
     check_unused(path)  # most likely it is taken: say so before a model is opened
     for tracker in recipe.record.trackers:
-        library(tracker.kind)
+        client_of(tracker.kind)
     with ExitStack() as stack:
         parts = _resolve(stack, recipe, report)
         _check_space(parts, path)
@@ -123,7 +123,7 @@ def resume(
         directory = stack.enter_context(RunDirectory.open(path))
         recipe = read_recipe(directory)
         for tracker in recipe.record.trackers:
-            library(tracker.kind)
+            client_of(tracker.kind)
         parts = _resolve(stack, recipe, report)
         _check_space(parts, path)
         database = stack.enter_context(_database(directory, recipe))

@@ -6,7 +6,7 @@ from gruppo.record.export import export_samples, sample_line
 from gruppo.record.rows import Event, Finding, StoredCompletion, StoredSample, Tokens
 from gruppo.record.run import RunDirectory, check_name, check_unused
 from gruppo.record.scrub import scrub, scrub_values
-from gruppo.record.trackers import TensorBoard, Tracker, Trackio, Wandb, library
+from gruppo.record.trackers import TensorBoard, Tracker, Trackio, Wandb, client_of
 
 __all__ = [
     "Database",
@@ -23,9 +23,9 @@ __all__ = [
     "Wandb",
     "check_name",
     "check_unused",
+    "client_of",
     "dump_step",
     "export_samples",
-    "library",
     "replay_command",
     "sample_line",
     "scrub",

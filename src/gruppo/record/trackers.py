@@ -66,7 +66,7 @@ class TensorBoard:
             ImportError: tensorboard is not installed.
         """
         folder = str(run.path / "tensorboard")
-        writer = library(self.kind).SummaryWriter(folder, purge_step=redone_from)
+        writer = client_of(self.kind).SummaryWriter(folder, purge_step=redone_from)
 
         def log(step: int, metrics: dict[str, float]) -> None:
             for name, value in metrics.items():
@@ -99,7 +99,7 @@ class Wandb:
         Raises:
             ImportError: wandb is not installed.
         """
-        wandb = library(self.kind)
+        wandb = client_of(self.kind)
         session = wandb.init(
             project=self.project,
             entity=self.entity,
@@ -138,7 +138,7 @@ class Trackio:
         Raises:
             ImportError: trackio is not installed.
         """
-        trackio = library(self.kind)
+        trackio = client_of(self.kind)
         session = trackio.init(
             project=self.project,
             name=f"{run.name}-{run.tracker_id(self.kind)}",
@@ -155,7 +155,7 @@ class Trackio:
         return Tracker(log, trackio.finish)
 
 
-def library(kind: Kind) -> ModuleType:
+def client_of(kind: Kind) -> ModuleType:
     """Import what a tracker of this kind needs.
 
     Raises:
