@@ -108,7 +108,7 @@ class Policy:
         self._autocast = is_autocast(compute_dtype)
         self._adamw = make_adamw(model, optim)
         self._kind = reference
-        self._copy = self._frozen_copy() if reference == "copy" else None
+        self._copy = _frozen_copy(model, compute_dtype) if reference == "copy" else None
         model.eval()
         self.packed = packing and can_pack(model)
 
@@ -227,7 +227,7 @@ class Policy:
         are not in it: :meth:`restore` goes into a policy made from the same initial model.
         """
         tensors: dict[str, Tensor] = {}
-        for name, p in self._trainable():
+        for name, p in _trainable(self.model):
             tensors[f"model.{name}"] = p.detach()
             for moment in _MOMENTS:
                 if p in self._adamw.state:
@@ -245,19 +245,14 @@ class Policy:
         Raises:
             ValueError: names or shapes are not those of this policy; nothing was changed.
         """
-        wanted = self._expected(tensors, int(scalars["reference_updates"]))
-        for name, target in wanted.items():
-            if tensors[name].shape != target.shape:
-                raise ValueError(
-                    f"checkpoint tensor {name} has shape {tuple(tensors[name].shape)}, this "
-                    f"model needs {tuple(target.shape)}"
-                )
+        moved = self._copy if scalars["reference_updates"] else None
+        wanted = _expected(self.model, moved, tensors)
         self._adamw.state.clear()
-        for name, p in self._trainable():
+        for name, p in _trainable(self.model):
             p.copy_(tensors[f"model.{name}"])
             if f"optim.step.{name}" in tensors:
                 self._adamw.state[p] = {
-                    moment: self._moment(p, moment, tensors[f"optim.{moment}.{name}"])
+                    moment: _moment(p, moment, tensors[f"optim.{moment}.{name}"])
                     for moment in _MOMENTS
                 }
         for name, target in wanted.items():
@@ -312,37 +307,52 @@ class Policy:
                 packed=self.packed,
             )
 
-    def _frozen_copy(self) -> nn.Module:
-        frozen = copy.deepcopy(self.model).requires_grad_(False).eval()
-        if self._autocast:
-            cast_frozen(frozen, self.compute_dtype)
-        return frozen
 
-    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+def _frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    if is_autocast(dtype):
+        cast_frozen(frozen, dtype)
+    return frozen
 
-    def _moment(self, p: Tensor, moment: str, saved: Tensor) -> Tensor:
-        # the fused kernels want the step counter on the device, in float32
-        dtype = torch.float32 if moment == "step" else p.dtype
-        return saved.to(device=p.device, dtype=dtype, copy=True)
 
-    def _expected(self, tensors: Mapping[str, Tensor], reference_updates: int) -> dict[str, Tensor]:
-        """The live tensors that a checkpoint must hold, by its names; refuses other sets."""
-        expected: dict[str, Tensor] = {}
-        for name, p in self._trainable():
-            expected[f"model.{name}"] = p
-            if f"optim.step.{name}" in tensors:
-                shapes = {"exp_avg": p, "exp_avg_sq": p, "step": p.new_zeros(())}
-                expected |= {f"optim.{key}.{name}": shapes[key] for key in _MOMENTS}
-        if self._copy is not None and reference_updates:
-            expected |= {f"reference.{name}": p for name, p in self._copy.named_parameters()}
-        wrong = sorted(expected.keys() ^ tensors.keys())
-        if wrong:
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _moment(p: Tensor, moment: str, saved: Tensor) -> Tensor:
+    # the fused kernels want the step counter on the device, in float32
+    dtype = torch.float32 if moment == "step" else p.dtype
+    return saved.to(device=p.device, dtype=dtype, copy=True)
+
+
+def _expected(
+    model: nn.Module, reference: nn.Module | None, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The live tensors that a checkpoint must hold, by its names; refuses other sets and shapes.
+
+    ``reference`` is the copy that was moved before the checkpoint, None if none was.
+    """
+    expected: dict[str, Tensor] = {}
+    for name, p in _trainable(model):
+        expected[f"model.{name}"] = p
+        if f"optim.step.{name}" in tensors:
+            shapes = {"exp_avg": p, "exp_avg_sq": p, "step": p.new_zeros(())}
+            expected |= {f"optim.{key}.{name}": shapes[key] for key in _MOMENTS}
+    if reference is not None:
+        expected |= {f"reference.{name}": p for name, p in reference.named_parameters()}
+    wrong = sorted(expected.keys() ^ tensors.keys())
+    if wrong:
+        raise ValueError(
+            f"the checkpoint does not fit this model, adapter or reference: {len(wrong)} "
+            f"tensors missing or unknown, {', '.join(wrong[:3])} among them"
+        )
+    for name, target in expected.items():
+        if tensors[name].shape != target.shape:
             raise ValueError(
-                f"the checkpoint does not fit this model, adapter or reference: {len(wrong)} "
-                f"tensors missing or unknown, {', '.join(wrong[:3])} among them"
+                f"checkpoint tensor {name} has shape {tuple(tensors[name].shape)}, this "
+                f"model needs {tuple(target.shape)}"
             )
-        return expected
+    return expected
 
 
 @contextmanager
