@@ -15,6 +15,7 @@ import torch
 from gruppo.cli import main
 from gruppo.policy import checkpoint
 from gruppo.record import Database
+from support.commands import cut_after
 
 SETTINGS = {
     "train.steps": "6",
@@ -107,15 +108,6 @@ def whole(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         assert main(arguments(tiny_folder, folder, **changes)) == 0
         found[name] = folder / "run"
     return found
-
-
-def cut_after(run: Path, step: int, to: Path) -> Path:
-    """A copy of ``run`` whose newest checkpoint is that of ``step`` (0: there is none)."""
-    shutil.copytree(run, to)
-    for number in checkpoint.steps(to / "checkpoints"):
-        if number > step:
-            shutil.rmtree(to / "checkpoints" / f"{number:08d}")
-    return to
 
 
 CUTS = [

@@ -11,21 +11,8 @@ from gruppo.engine.local import LocalEngine, shared
 from gruppo.engine.local.packed import packed_linears
 from gruppo.model.attention import adopt
 from gruppo.types import Completion, Request, Sampling
-from support.engines import letters, sharpen
+from support.engines import TINY, letters, sharpen
 
-TINY = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 SHARING: dict[str, dict[str, object]] = {
     "llama": {},
     "qwen2": {},

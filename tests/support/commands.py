@@ -1,6 +1,9 @@
-"""Command lines of a small run on the tiny model."""
+"""Command lines of a small run on the tiny model, and such a run cut short."""
 
+import shutil
 from pathlib import Path
+
+from gruppo.policy import checkpoint
 
 SETTINGS = {
     "train.steps": "4",
@@ -21,3 +24,12 @@ def arguments(model: Path, name: str, **changes: str) -> list[str]:
     """What follows ``train quickstart`` for a run called ``name``."""
     settings = SETTINGS | {"model.name": str(model), "record.name": name} | changes
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def cut_after(run: Path, step: int, to: Path) -> Path:
+    """A copy of ``run`` whose newest checkpoint is that of ``step`` (0: there is none)."""
+    shutil.copytree(run, to)
+    for number in checkpoint.steps(to / "checkpoints"):
+        if number > step:
+            shutil.rmtree(to / "checkpoints" / f"{number:08d}")
+    return to

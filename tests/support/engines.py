@@ -16,6 +16,20 @@ from gruppo.model.attention import adopt
 from gruppo.types import Completion, Engine, Request
 
 END = 256  # <|im_end|> of the byte tokenizer
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""A configuration that every architecture takes, for models of random weights."""
 
 
 Make = Callable[..., Engine]

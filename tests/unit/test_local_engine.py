@@ -13,7 +13,7 @@ from gruppo.engine.local.cache import GrowingLayer, make_cache, select_rows
 from gruppo.model import Lora, attach, merged_weights
 from gruppo.model.parts import context_length
 from gruppo.types import Request, Sampling
-from support.engines import assert_same
+from support.engines import TINY, assert_same
 
 
 def asked(*shapes: tuple[int, int]) -> list[Request]:
@@ -119,19 +119,6 @@ def test_cache_keeps_the_compute_type():
     assert keys.unique().tolist() == [1.0]
 
 
-TINY = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 ARCHITECTURES = {
     "llama": {},
     "qwen3": {},

@@ -21,7 +21,7 @@ from gruppo.recipe.keeper import bytes_needed, read_evaluation
 from gruppo.recipe.session import read_recipe, resume, start
 from gruppo.record import Database, RunDirectory, Tracker, Wandb
 from gruppo.train import train
-from support.commands import arguments
+from support.commands import arguments, cut_after
 
 Usage = namedtuple("Usage", "total used free")
 WITH_TRACKER = {"record.trackers": "[{kind = 'wandb'}]"}
@@ -48,14 +48,6 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         with start(recipe(tiny_folder), path, silent) as session:
             train(session.run, session.state)
     return path
-
-
-def cut_after(run: Path, step: int, to: Path) -> Path:
-    shutil.copytree(run, to)
-    for number in checkpoint.steps(to / "checkpoints"):
-        if number > step:
-            shutil.rmtree(to / "checkpoints" / f"{number:08d}")
-    return to
 
 
 # Nothing is written too early ---------------------------------------------------------------
