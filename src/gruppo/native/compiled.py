@@ -49,15 +49,26 @@ def _compiled() -> Path:
     compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
     if compiler is None:
         raise OSError(f"no C++ compiler found (looked for {', '.join(_COMPILERS)})")
-    source = files("gruppo.native").joinpath("kernels.cpp").read_text(encoding="utf-8")
+    sources = _sources()
     runtime = _openmp()
-    identity = "\0".join((source, compiler, *_FLAGS, *_MATH, str(runtime), _processor()))
+    parts = (*sources, *sources.values(), compiler, *_FLAGS, *_MATH, str(runtime), _processor())
+    identity = "\0".join(parts)
     target = cache_folder() / "native" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not target.exists():
-        _compile(compiler, source, runtime, target)
+        _compile(compiler, sources, runtime, target)
     for path in (target.parent, target):
         _refuse_foreign(path)
     return target
+
+
+def _sources() -> dict[str, str]:
+    """The C++ files of this package, by name."""
+    found = sorted(files("gruppo.native").iterdir(), key=lambda file: file.name)
+    return {
+        file.name: file.read_text(encoding="utf-8")
+        for file in found
+        if file.name.endswith((".cpp", ".h"))
+    }
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -67,14 +78,16 @@ def _refuse_foreign(path: Path) -> None:
         raise OSError(f"{path} belongs to, or can be written by, other users")
 
 
-def _compile(compiler: str, source: str, runtime: Path | None, target: Path) -> None:
+def _compile(compiler: str, sources: dict[str, str], runtime: Path | None, target: Path) -> None:
     """Compile next to ``target`` and rename, so that it is whole or not there."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
-        code.write_text(source, encoding="utf-8")
+        made = Path(folder) / "kernels.so"
+        for name, text in sources.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        code = [str(Path(folder) / name) for name in sources if name.endswith(".cpp")]
         link = [str(runtime)] if runtime else []
-        command = [compiler, *_FLAGS, *_MATH, str(code), "-o", str(made), *link]
+        command = [compiler, *_FLAGS, *_MATH, *code, "-o", str(made), *link]
         ran = subprocess.run(
             command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
         )
