@@ -112,7 +112,17 @@ def filled(objective):
     return objective
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+# One of each mechanism; the others run with the slow tests.
+QUICK = ("default", "grpo", "cispo", "gspo", "gdpo", "kl_cov", "remax", "rpp", "tis", "v32")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in sorted(PRESETS)
+    ],
+)
 def test_preset_improves_the_model(name, tiny_folder):
     objective = filled(PRESETS[name].objective)
     run = run_of(tiny_folder, objective, **SPECIAL.get(name, {}))

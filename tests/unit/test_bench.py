@@ -104,7 +104,8 @@ def test_both_systems_get_the_same_work(tiny_folder: Path, tmp_path: Path):
         versus_trl(Work(prompt_tokens=5), python="x", rounds=1, micro_batch=8)
 
 
-def test_the_command_writes_json(tiny_folder: Path, tmp_path: Path, capsys):
+def test_the_command_writes_json(tiny_folder: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr("gruppo.bench.machine._SHAPES", ((64, 64, 64),))
     output = tmp_path / "out" / "bench.json"
     options = ["--prompts", "2", "--group", "2", "--max-tokens", "2", "--steps", "1"]
     options += ["--compute", "float32", "--output", str(output)]

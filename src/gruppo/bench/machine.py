@@ -15,6 +15,7 @@ import torch
 
 # A transformer's projections over a few thousand tokens: what training multiplies.
 _SHAPES = ((2048, 576, 1536), (2048, 1536, 576), (4096, 2048, 2048))
+_PATIENCE_S = 1.0
 _GIB = 2**30
 
 
@@ -48,8 +49,9 @@ def _best(device: str, dtype: torch.dtype) -> float:
 def _gflops(device: str, dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(columns, inner, device=device).to(dtype)
-    seconds = []
-    for _ in range(4):  # the first chooses and compiles kernels
+    seconds: list[float] = []
+    # the first chooses and compiles kernels; slow types are not tried for long
+    while len(seconds) < 4 and sum(seconds) < _PATIENCE_S:
         started = time.perf_counter()
         torch.nn.functional.linear(left, right)
         wait(device)
