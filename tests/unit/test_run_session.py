@@ -96,11 +96,14 @@ def test_what_auto_came_to_is_recorded(finished):
         kept = read_recipe(directory)
     assert (kept.model.device, kept.model.compute) == ("cpu", "bfloat16")
     info = json.loads((finished / "run.json").read_text())
-    assert info["meta"] == {"asked": {"model.device": "auto", "model.compute": "auto"}}
+    assert info["meta"] == {
+        "asked": {"model.device": "auto", "model.compute": "auto", "model.products": "auto"}
+    }
 
 
 def test_a_recipe_that_leaves_nothing_open_is_recorded_as_it_is(tiny_folder, tmp_path):
-    given = recipe(tiny_folder, **{"model.device": "cpu", "model.compute": "float32"})
+    pinned = {"model.device": "cpu", "model.compute": "float32", "model.products": "torch"}
+    given = recipe(tiny_folder, **pinned)
     with start(given, tmp_path / "run", silent) as session:
         assert read_recipe(session.directory) == given
     assert json.loads((tmp_path / "run" / "run.json").read_text())["meta"] == {}
@@ -145,7 +148,7 @@ def test_a_device_that_is_not_here_is_told_with_the_ways_out(finished, tmp_path,
 def test_only_auto_is_resolved(monkeypatch):
     monkeypatch.setattr("gruppo.recipe.build.compute_dtype", lambda device: torch.bfloat16)
     section = load("quickstart").model
-    chosen = dataclasses.replace(section, device="cpu", compute="float32")
+    chosen = dataclasses.replace(section, device="cpu", compute="float32", products="torch")
     assert pin(chosen) == chosen
     assert pin(dataclasses.replace(chosen, compute="auto")).compute == "bfloat16"
 

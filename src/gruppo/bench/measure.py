@@ -16,7 +16,7 @@ import torch
 from gruppo.bench.machine import peak_gib, wait, watching
 from gruppo.bench.work import Work, device_of
 from gruppo.engine import LocalEngine
-from gruppo.model import Encoder, Loaded, compute_dtype, end_ids, load
+from gruppo.model import Encoder, Loaded, compute_dtype, end_ids, faster_products, load
 from gruppo.model.parts import causal, embedding
 from gruppo.objective import PRESETS, KLNaive, KLTerm, Objective
 from gruppo.policy import Optim, Policy
@@ -102,6 +102,7 @@ class _Bench:
             compute_dtype=dtype,
             reference="copy" if work.beta else "none",
             packing=not work.plain,
+            products=faster_products(self.device, dtype),
         )
         encoder = _encoder(loaded)
         self.engine = LocalEngine(

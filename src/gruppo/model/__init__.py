@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gruppo.model.logprob import Scored, can_pack, completion_logp
     from gruppo.model.packaged import CATALOG, PackagedModel, cache_folder
     from gruppo.model.precision import cast_frozen, compute_dtype, is_autocast
+    from gruppo.model.products import Products, faster_products, multiplying
     from gruppo.model.prompt import Encoder, end_ids
     from gruppo.model.source import Loaded, load
 
@@ -29,6 +30,7 @@ _HOMES = {
     "Loaded": "gruppo.model.source",
     "Lora": "gruppo.model.adapter",
     "PackagedModel": "gruppo.model.packaged",
+    "Products": "gruppo.model.products",
     "Scored": "gruppo.model.logprob",
     "attach": "gruppo.model.adapter",
     "base_model": "gruppo.model.adapter",
@@ -38,10 +40,12 @@ _HOMES = {
     "completion_logp": "gruppo.model.logprob",
     "compute_dtype": "gruppo.model.precision",
     "end_ids": "gruppo.model.prompt",
+    "faster_products": "gruppo.model.products",
     "is_adapted": "gruppo.model.adapter",
     "is_autocast": "gruppo.model.precision",
     "load": "gruppo.model.source",
     "merged_weights": "gruppo.model.adapter",
+    "multiplying": "gruppo.model.products",
     "save_adapter": "gruppo.model.adapter",
     "without_adapter": "gruppo.model.adapter",
 }
@@ -52,6 +56,7 @@ __all__ = [
     "Loaded",
     "Lora",
     "PackagedModel",
+    "Products",
     "Scored",
     "attach",
     "base_model",
@@ -61,10 +66,12 @@ __all__ = [
     "completion_logp",
     "compute_dtype",
     "end_ids",
+    "faster_products",
     "is_adapted",
     "is_autocast",
     "load",
     "merged_weights",
+    "multiplying",
     "save_adapter",
     "without_adapter",
 ]

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from gruppo.model.parts import text_config
+from gruppo.model.products import current_products, multiplying
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +131,7 @@ class _FusedHead(torch.autograd.Function):
         rule, entropy, chunk = options
         kind = hidden.device.type
         ctx.product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        ctx.options = options
+        ctx.options, ctx.products = options, current_products()
         ctx.set_materialize_grads(False)
         wide = _wide(hidden.dtype)
         logp, lse, spread = (hidden.new_zeros(len(hidden), dtype=wide) for _ in range(3))
@@ -154,7 +155,7 @@ class _FusedHead(torch.autograd.Function):
         (rule, entropy, chunk), needs = ctx.options, ctx.needs_input_grad
         grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
         grads = _Gradients.zeros(hidden, weight, bias, needs)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False), multiplying(ctx.products):
             rows, matrix = _cast(hidden, ctx.product), _cast(weight, ctx.product)
             for part in _slices(len(hidden), chunk):
                 z = _logits(rows[part], matrix, bias, rule, lse.dtype)

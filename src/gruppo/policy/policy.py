@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gruppo.model import (
+    Products,
     Scored,
     base_model,
     can_pack,
@@ -28,6 +29,7 @@ from gruppo.model import (
     is_adapted,
     is_autocast,
     merged_weights,
+    multiplying,
     save_adapter,
     without_adapter,
 )
@@ -64,11 +66,10 @@ class Policy:
     """The policy that is trained.
 
     ``version`` counts optimizer updates made; ``packed`` says whether groups share their prompt's
-    computation. ``model`` is in evaluation mode except between
-    :meth:`logp` and :meth:`step`.
+    computation. ``model`` is in evaluation mode except between :meth:`logp` and :meth:`step`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a model, and seven independent ways to compute
         self,
         model: nn.Module,
         *,
@@ -78,6 +79,7 @@ class Policy:
         reference: ReferenceKind = "none",
         temperature: float = 1.0,
         packing: bool = True,
+        products: Products = "torch",
     ) -> None:
         """Take a model as :func:`gruppo.model.load` or :func:`gruppo.model.attach` gives it.
 
@@ -90,6 +92,7 @@ class Policy:
                 model with its adapter off (no memory); "none" has no :meth:`ref_logp`.
             temperature: The sampling temperature, for all log-probabilities.
             packing: Compute a prompt once for its group, if the model allows it (tried here).
+            products: Library of float32 products; "onednn" not with gradient checkpointing.
 
         Raises:
             ValueError: a setting is bad, or "adapter" is asked for a model without one.
@@ -106,6 +109,7 @@ class Policy:
         self.version = 0
         self.reference_updates = 0
         self._autocast = is_autocast(compute_dtype)
+        self._products: Products = products
         self._adamw = make_adamw(model, optim)
         self._kind = reference
         self._copy = _frozen_copy(model, compute_dtype) if reference == "copy" else None
@@ -296,7 +300,8 @@ class Policy:
         entropy: bool,
     ) -> Scored:
         kind = self.device.type
-        with torch.autocast(kind, dtype=torch.bfloat16, enabled=self._autocast):
+        half = torch.autocast(kind, dtype=torch.bfloat16, enabled=self._autocast)
+        with half, multiplying(self._products):
             return completion_logp(
                 model,
                 prompts,

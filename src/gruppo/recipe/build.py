@@ -16,7 +16,16 @@ from gruppo.data import ProblemStream
 from gruppo.engine import LocalEngine
 from gruppo.evaluate import Evaluator
 from gruppo.interrupt import ending_with
-from gruppo.model import Encoder, Loaded, attach, compute_dtype, end_ids, load
+from gruppo.model import (
+    Encoder,
+    Loaded,
+    Products,
+    attach,
+    compute_dtype,
+    end_ids,
+    faster_products,
+    load,
+)
 from gruppo.model.parts import context_length
 from gruppo.objective import Objective
 from gruppo.policy import Policy
@@ -43,6 +52,7 @@ class Opened:
     encoder: Encoder
     engine: LocalEngine
     compute: torch.dtype
+    products: Products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +78,7 @@ class Parts:
 
 
 def pin(section: ModelSection) -> ModelSection:
-    """Return ``section`` with the device and number format that "auto" means on this machine.
+    """Return ``section`` with the device, format and library that "auto" means on this machine.
 
     They are recorded with a run, because a format that is measured anew may come out otherwise.
 
@@ -79,7 +89,8 @@ def pin(section: ModelSection) -> ModelSection:
     compute = section.compute
     if compute == "auto":
         compute = "bfloat16" if compute_dtype(device) == torch.bfloat16 else "float32"
-    return replace(section, device=device, compute=compute)
+    products = _products(section, device, _DTYPES[compute])
+    return replace(section, device=device, compute=compute, products=products)
 
 
 def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
@@ -91,6 +102,7 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
     """
     section = pin(section)
     dtype = _DTYPES[section.compute]
+    products = _products(section, section.device, dtype)
     report(f"model: {section.name} on {section.device}, products in {section.compute}")
     loaded = load(
         section.name,
@@ -119,7 +131,9 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
     )
     if recipe.engine.kind == "shared" and not engine.is_shared:
         report(f"engine: {section.name} cannot share prompts, so it is drawn in plain waves")
-    return Opened(loaded=loaded, model=model, encoder=encoder, engine=engine, compute=dtype)
+    return Opened(
+        loaded=loaded, model=model, encoder=encoder, engine=engine, compute=dtype, products=products
+    )
 
 
 def open_rewards(recipe: Recipe) -> RewardSet:
@@ -170,6 +184,7 @@ def _assemble(recipe: Recipe, opened: Opened, reward: RewardSet, problems: Split
         reference=_reference(recipe, objective),
         temperature=recipe.rollout.temperature,
         packing=recipe.model.packing,
+        products=opened.products,
     )
     rollouts = Rollouts(
         engine=opened.engine,
@@ -219,6 +234,12 @@ def _reference(recipe: Recipe, objective: Objective) -> Literal["none", "copy", 
         return "none"
     still = recipe.train.reference_sync_steps == 0
     return "adapter" if recipe.model.lora is not None and still else "copy"
+
+
+def _products(section: ModelSection, device: str, compute: torch.dtype) -> Products:
+    if section.products != "auto":
+        return section.products
+    return "torch" if section.gradient_checkpointing else faster_products(device, compute)
 
 
 def _device(name: str) -> str:

@@ -162,7 +162,11 @@ def _resolve(stack: ExitStack, recipe: Recipe, report: Report) -> Parts:
 
 def _chosen(recipe: Recipe) -> list[tuple[str, str]]:
     """What a recipe may leave to the machine."""
-    return [("model.device", recipe.model.device), ("model.compute", recipe.model.compute)]
+    return [
+        ("model.device", recipe.model.device),
+        ("model.compute", recipe.model.compute),
+        ("model.products", recipe.model.products),
+    ]
 
 
 def _check_space(parts: Parts, path: Path) -> None:

@@ -1,0 +1,119 @@
+"""Products by oneDNN equal torch's: values, gradients, and where torch's are left alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from gruppo.model import Lora, attach, faster_products, load, multiplying, products
+from gruppo.policy import Optim, Policy
+from gruppo.recipe.build import pin
+from gruppo.recipe.recipe import ModelSection
+
+PROMPTS = [(5, 6, 7), (5, 6, 7), (8, 9)]
+TOKENS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 0], [1, 2, 0, 0]])
+LENGTH = torch.tensor([4, 3, 2])
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Shapes of the products that oneDNN makes."""
+    shapes = []
+    assert products._is_there()
+    multiply = products._multiply
+
+    def spy(left, right, bias=None):
+        shapes.append((*left.shape, right.shape[0]))
+        return multiply(left, right, bias)
+
+    monkeypatch.setattr(products, "_multiply", spy)
+    return shapes
+
+
+def loss_and_gradients(folder, library, *, lora=None):
+    torch.manual_seed(0)
+    model = load(str(folder)).model
+    if lora is not None:
+        model = attach(model, lora, compute_dtype=torch.float32)
+    policy = Policy(model, optim=Optim(), total_updates=1, products=library)
+    scored = policy.logp(PROMPTS, TOKENS, LENGTH, entropy=True)
+    loss = scored.logp.sum() + 0.3 * scored.entropy.sum()
+    policy.backward(loss)
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_training_gives_the_same_gradient(tiny_folder, made):
+    value, gradients = loss_and_gradients(tiny_folder, "torch")
+    assert made == []
+    ours, found = loss_and_gradients(tiny_folder, "onednn")
+    assert ours == pytest.approx(value, rel=1e-6)
+    assert gradients.keys() == found.keys()
+    for name, expected in gradients.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
+    trunk = load(str(tiny_folder)).model.model
+    layers = sum(type(m) is nn.Linear for m in trunk.modules())
+    # each layer's output and two gradients, its input's and its weight's
+    assert len([shape for shape in made if 258 not in shape]) == 3 * layers
+    of_head = sorted({shape for shape in made if 258 in shape})
+    assert of_head == [(9, 32, 258), (9, 258, 32), (258, 9, 32)]
+
+
+def test_an_adapter_too(tiny_folder, made):
+    pytest.importorskip("peft")
+    lora = Lora(rank=2, alpha=4)
+    value, gradients = loss_and_gradients(tiny_folder, "torch", lora=lora)
+    ours, found = loss_and_gradients(tiny_folder, "onednn", lora=lora)
+    assert ours == pytest.approx(value, rel=1e-6)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
+    assert len(made) > len(gradients)
+
+
+def test_a_layer_of_three_dimensions_with_bias(made):
+    torch.manual_seed(1)
+    layer = nn.Linear(5, 3)
+    rows = torch.randn(2, 4, 5, requires_grad=True)
+    weight = torch.randn(2, 4, 3)
+    expected = torch.autograd.grad((layer(rows) * weight).sum(), [rows, *layer.parameters()])
+    with multiplying("onednn"):
+        out = layer(rows)
+        found = torch.autograd.grad((out * weight).sum(), [rows, *layer.parameters()])
+    torch.testing.assert_close(out, layer(rows), rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert made == [(8, 5, 3), (8, 3, 5), (3, 8, 5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_are_left_alone(made, dtype):
+    layer = nn.Linear(5, 3, dtype=dtype)
+    rows = torch.ones(2, 5, dtype=dtype)
+    plain = layer(rows)
+    with multiplying("onednn"):
+        assert torch.equal(layer(rows), plain)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert nn.Linear(5, 3)(torch.ones(2, 5)).dtype == torch.bfloat16
+        batched = torch.ones(2, 3, 4) @ torch.ones(2, 4, 5)
+        assert torch.equal(batched, torch.full((2, 3, 5), 4.0))
+        assert torch.equal(torch.ones(0, 4) @ torch.ones(4, 5), torch.ones(0, 5))
+    assert made == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"), [([3, 3, 3, 2, 2, 2], "onednn"), ([3, 3, 3, 2.8, 2.8, 2.8], "torch")]
+)
+def test_the_faster_library_is_chosen(monkeypatch, seconds, chosen):
+    found = iter(seconds)
+    monkeypatch.setattr(products, "_seconds", lambda once: next(found))
+    products._measured.cache_clear()
+    try:
+        assert faster_products("cpu", torch.float32) == chosen
+        assert faster_products("cuda", torch.float32) == "torch"
+    finally:
+        products._measured.cache_clear()
+
+
+def test_not_with_checkpointing(tiny_folder):
+    with pytest.raises(ValueError, match='products = "onednn" with gradient_checkpointing = true'):
+        ModelSection(name="x", products="onednn", gradient_checkpointing=True)
+    section = ModelSection(name="x", device="cpu", compute="float32", gradient_checkpointing=True)
+    assert pin(section).products == "torch"
