@@ -4,8 +4,9 @@ A sampled token is a pure function of the logits and of one uniform number, and 
 hash of (request key, sample index, position). So what is drawn depends neither on the batch a row
 happens to be in, nor on the order of the rows, nor on any generator's state.
 
-On the CPU a compiled kernel draws where there is one. This module knows no model and no request; it does not penalise repetition, because that changes
-the distribution without the trainer's log-probabilities knowing of it.
+On the CPU a compiled kernel draws where there is one. This module knows no model and no request; it
+does not penalise repetition, because that changes the distribution without the trainer's
+log-probabilities knowing of it.
 """
 
 from __future__ import annotations

@@ -91,6 +91,7 @@ def rotate_and_keep(
     given = (packed, cosine, sine, own_length, own_keys, own_values)
     assert all(tensor.is_contiguous() for tensor in given), "buffers are whole"
     assert packed.dtype == own_keys.dtype == own_values.dtype
+    assert own_values.shape == own_keys.shape
     assert cosine.dtype == sine.dtype == torch.float32
     assert cosine.shape == sine.shape == (rows, width)
     _kernel(f"rotate_{_NAMES[packed.dtype]}")(
