@@ -146,4 +146,3 @@ def _norm(module: nn.Module) -> Norm:
 def _expect(truth: bool) -> None:
     if not truth:
         raise _Unlike
-
