@@ -47,7 +47,9 @@ def test_swiglu(dtype: torch.dtype) -> None:
     gate = torch.cat([torch.linspace(-100, 100, 401), torch.linspace(-2, 2, 400)]).to(dtype)
     up = torch.linspace(0.01, 1, 801).to(dtype)
     got = native.swiglu(torch.stack([torch.cat([gate, up]), torch.cat([up, gate])]))
-    for row, wanted in zip(got, (nn.functional.silu(gate) * up, nn.functional.silu(up) * gate)):
+    for row, wanted in zip(
+        got, (nn.functional.silu(gate) * up, nn.functional.silu(up) * gate), strict=True
+    ):
         assert torch.allclose(row, wanted, rtol=1e-6 if dtype == SINGLE else 2.0**-7, atol=1e-7)
 
 
@@ -66,7 +68,7 @@ def test_rotate_and_keep(dtype: torch.dtype, normed: bool, width: int) -> None:
     states = packed.view(rows, 1, -1, width).transpose(1, 2).split([heads, key_heads, key_heads], 1)
     query, key, value = states
     if normed:
-        query, key = (norm(state).detach() for norm, state in zip(norms, states))
+        query, key = (norm(state).detach() for norm, state in zip(norms, states[:2], strict=True))
     query, key = apply_rotary_pos_emb(query, key, cosine[:, None], sine[:, None])
     own_keys, own_values = torch.zeros(2, 7, key_heads, 9, width, dtype=dtype)
     own_length = torch.tensor([0, 8, 3, 3, 1])

@@ -124,15 +124,16 @@ void decode(const Shape& s, const T* query, const T* prompt_keys, const T* promp
 // ones [S, K, C, D]; place, prompt_length and own_length [N] are int64. own_length does not count
 // the token being computed, whose key and value are in the buffer already.
 #define DECODE(NAME, TYPE)                                                                        \
-  extern "C" void NAME(const int64_t* sizes, float scaling, const TYPE* query,                    \
-                       const TYPE* prompt_keys, const TYPE* prompt_values, const TYPE* own_keys,  \
-                       const TYPE* own_values, const int64_t* place,                              \
+  extern "C" void NAME(int64_t rows, int64_t key_heads, int64_t repeats, int64_t width,           \
+                       int64_t prompt_columns, int64_t own_columns, int64_t window, float scaling, \
+                       const TYPE* query, const TYPE* prompt_keys, const TYPE* prompt_values,     \
+                       const TYPE* own_keys, const TYPE* own_values, const int64_t* place,        \
                        const int64_t* prompt_length, const int64_t* own_length, TYPE* out) {      \
-    const Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],       \
-                      scaling};                                                                   \
-    const auto run = shape.width == 64    ? decode<64, TYPE>                                      \
-                     : shape.width == 128 ? decode<128, TYPE>                                     \
-                                          : decode<0, TYPE>;                                      \
+    const Shape shape{rows,   key_heads, repeats, width, prompt_columns, own_columns,             \
+                      window, scaling};                                                           \
+    const auto run = width == 64    ? decode<64, TYPE>                                            \
+                     : width == 128 ? decode<128, TYPE>                                           \
+                                    : decode<0, TYPE>;                                            \
     run(shape, query, prompt_keys, prompt_values, own_keys, own_values, place, prompt_length,     \
         own_length, out);                                                                         \
   }

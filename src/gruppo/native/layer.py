@@ -6,16 +6,13 @@ weights of matrices, no attention.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gruppo.native.compiled import kernels
+from gruppo.native.compiled import kernel
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 def add_norm(
@@ -41,14 +38,10 @@ def add_norm(
     assert all(tensor.is_contiguous() for tensor in given), "rows are whole"
     assert weight.dtype == torch.float32
     assert update is None or update.dtype == dtype
-    _kernel(f"add_norm_{_NAMES[hidden.dtype]}_{_NAMES[dtype]}")(
-        _INT(rows),
-        _INT(width),
-        _FLOAT(epsilon),
-        _at(hidden),
-        _at(update),
-        _at(weight),
-        _at(out),
+    name = f"add_norm_{_NAMES[hidden.dtype]}_{_NAMES[dtype]}"
+    added = None if update is None else update.data_ptr()
+    kernel(name, "iifpppp")(
+        rows, width, epsilon, hidden.data_ptr(), added, weight.data_ptr(), out.data_ptr()
     )
     return out
 
@@ -58,7 +51,8 @@ def swiglu(gate_up: Float[Tensor, "N J"]) -> Float[Tensor, "N I"]:
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty((rows, width))
     assert gate_up.is_contiguous(), "rows are whole"
-    _kernel(f"swiglu_{_NAMES[gate_up.dtype]}")(_INT(rows), _INT(width), _at(gate_up), _at(out))
+    name = f"swiglu_{_NAMES[gate_up.dtype]}"
+    kernel(name, "iipp")(rows, width, gate_up.data_ptr(), out.data_ptr())
     return out
 
 
@@ -94,21 +88,10 @@ def rotate_and_keep(
     assert own_values.shape == own_keys.shape
     assert cosine.dtype == sine.dtype == torch.float32
     assert cosine.shape == sine.shape == (rows, width)
-    _kernel(f"rotate_{_NAMES[packed.dtype]}")(
-        *map(_INT, (rows, heads, key_heads, width, columns)),
-        _FLOAT(query_epsilon),
-        _FLOAT(key_epsilon),
-        *map(_at, (packed, cosine, sine, query_weight, key_weight, own_length, query)),
-        *map(_at, (own_keys, own_values)),
+    kernel(f"rotate_{_NAMES[packed.dtype]}", "iiiiiffppppppppp")(
+        *(rows, heads, key_heads, width, columns, query_epsilon, key_epsilon),
+        *(packed.data_ptr(), cosine.data_ptr(), sine.data_ptr()),
+        *(None if weight is None else weight.data_ptr() for weight in (query_weight, key_weight)),
+        *(own_length.data_ptr(), query.data_ptr(), own_keys.data_ptr(), own_values.data_ptr()),
     )
     return query
-
-
-def _kernel(name: str) -> ctypes._NamedFuncPointer:
-    compiled = kernels()
-    assert compiled is not None, "is_supported was asked before"
-    return compiled[name]
-
-
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
-    return _POINTER(None if tensor is None else tensor.data_ptr())

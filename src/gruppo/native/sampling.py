@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gruppo.native.compiled import kernels
+from gruppo.native.compiled import kernel, kernels
 from gruppo.types import Sampling
 
 _NAMES = {torch.float32: "sample_float32", torch.bfloat16: "sample_bfloat16"}
@@ -27,19 +27,12 @@ def sample(
     What is drawn by ``uniform`` (float64) is what ``gruppo.engine.sampler.sample`` says. Logits
     are broken if a row holds NaN or +inf, or -inf alone. Only for what ``can_sample``.
     """
-    compiled = kernels()
-    assert compiled is not None, "can_sample was asked before"
     logits, uniform = logits.contiguous(), uniform.to(torch.float64).contiguous()
     rows, width = logits.shape
     token = torch.empty(rows, dtype=torch.long)
     logp = torch.empty(rows)
-    broken = compiled[_NAMES[logits.dtype]](
-        ctypes.c_int64(rows),
-        ctypes.c_int64(width),
-        ctypes.c_float(sampling.temperature),
-        ctypes.c_int64(sampling.top_k),
-        ctypes.c_double(sampling.top_p),
-        ctypes.c_float(sampling.min_p),
-        *(ctypes.c_void_p(t.data_ptr()) for t in (logits, uniform, token, logp)),
+    broken = kernel(_NAMES[logits.dtype], "iifidfpppp", ctypes.c_int64)(
+        *(rows, width, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
+        *(tensor.data_ptr() for tensor in (logits, uniform, token, logp)),
     )
     return None if broken else (token, logp)

@@ -132,7 +132,7 @@ class Drawing:
     ``step`` computes decode steps in place of the model's own forward.
     """
 
-    def __init__(  # noqa: PLR0913 - the parts of one call, each given once
+    def __init__(
         self,
         model: nn.Module,
         requests: Sequence[Request],
