@@ -18,29 +18,51 @@ struct Shape {
   float scaling;
 };
 
+constexpr int64_t kKeys = 4;    // keys at once: a query is read once for all of them
+constexpr int64_t kLanes = 16;  // sums of a product that are carried side by side
+
+// The product of a query with `count` keys, one after the other in memory.
+template <int WIDTH, int COUNT, typename T>
+void products(const T* keys, const float* query, int64_t width, float* out) {
+  float sums[COUNT][kLanes] = {};
+  const int64_t whole = WIDTH ? WIDTH : width / kLanes * kLanes;
+  for (int64_t d = 0; d < whole; d += kLanes)
+    for (int k = 0; k < COUNT; ++k) {
+      const T* key = keys + k * width + d;
+#pragma omp simd
+      for (int64_t i = 0; i < kLanes; ++i) sums[k][i] += query[d + i] * widen(key[i]);
+    }
+  for (int k = 0; k < COUNT; ++k) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < kLanes; ++i) sum += sums[k][i];
+    for (int64_t d = whole; d < width; ++d) sum += query[d] * widen(keys[k * width + d]);
+    out[k] = sum;
+  }
+}
+
 // Scores of `repeats` queries with keys [from, to), written to scores[j * stride + at]. WIDTH is
 // the heads' width where it is a common one (loops unroll), else 0.
 template <int WIDTH, typename T>
 void score(const T* keys, int64_t from, int64_t to, const float* query, const Shape& s,
            float* scores, int64_t stride) {
   const int64_t width = WIDTH ? WIDTH : s.width;
-  for (int64_t j = 0; j < s.repeats; ++j) {
-    const float* q = query + j * width;
-    for (int64_t x = from; x < to; ++x) {
-      const T* key = keys + x * width;
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t d = 0; d < width; ++d) sum += q[d] * widen(key[d]);
-      scores[j * stride + (x - from)] = sum;
-    }
-  }
+  int64_t x = from;
+  for (; x + kKeys <= to; x += kKeys)
+    for (int64_t j = 0; j < s.repeats; ++j)
+      products<WIDTH, kKeys>(keys + x * width, query + j * width, width,
+                             scores + j * stride + (x - from));
+  for (; x < to; ++x)
+    for (int64_t j = 0; j < s.repeats; ++j)
+      products<WIDTH, 1>(keys + x * width, query + j * width, width,
+                         scores + j * stride + (x - from));
 }
 
 // mixed[j] += sum over x of weights[j * stride + at] * values[x]
 template <int WIDTH, typename T>
 void mix(const T* values, int64_t from, int64_t to, const float* weights, int64_t stride,
          const Shape& s, float* mixed) {
-  constexpr int64_t kBlock = 32;  // sums that stay in registers
+  constexpr int64_t kBlock = 64;  // sums that stay in registers
   const int64_t width = WIDTH ? WIDTH : s.width;
   for (int64_t j = 0; j < s.repeats; ++j) {
     const float* weight = weights + j * stride - from;
