@@ -238,6 +238,7 @@ class Decode:
         self, layer: LayerStore, query: Float[Tensor, "N H D"], rule: AttentionRule
     ) -> Float[Tensor, "N H D"]:
         """The same by the compiled kernel, for a plain rule and a type that it takes."""
+        assert rule.is_plain, "the kernel knows no soft cap and no sinks"
         return native.decode_attention(
             query,
             layer.prompt_keys,
