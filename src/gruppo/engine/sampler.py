@@ -4,8 +4,9 @@ A sampled token is a pure function of the logits and of one uniform number, and 
 hash of (request key, sample index, position). So what is drawn depends neither on the batch a row
 happens to be in, nor on the order of the rows, nor on any generator's state.
 
-This module knows no model and no request; it does not penalise repetition, because that changes
-the distribution without the trainer's log-probabilities knowing of it.
+On the CPU a compiled kernel draws where there is one. This module knows no model and no request; it
+does not penalise repetition, because that changes the distribution without the trainer's
+log-probabilities knowing of it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from gruppo import native
 from gruppo.types import Sampling
 
 # Constants of the SplitMix64 finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom
@@ -26,6 +28,11 @@ _WORD = (1 << 64) - 1
 
 _BLOCK = 128  # tokens summed together before the inverse CDF looks inside one block
 _CANDIDATES = 512  # largest probabilities looked at before top-p falls back to a full sort
+
+_BROKEN = (
+    "logits hold NaN or inf, so no token can be drawn; the model's weights are broken or its "
+    "compute type overflows: check the last update, or use float32"
+)
 
 
 def _signed(word: int) -> int:
@@ -121,6 +128,18 @@ def sample(
     >>> int(token), round(float(logp), 4)  # 0.3 / (0.5 + 0.3)
     (1, -0.9808)
     """
+    if not native.can_sample(logits):
+        return sample_plainly(logits, uniform, sampling)
+    drawn = native.sample(logits, uniform, sampling)
+    if drawn is None:
+        raise FloatingPointError(_BROKEN)
+    return drawn
+
+
+def sample_plainly(
+    logits: Float[Tensor, "N V"], uniform: Float[Tensor, "N"], sampling: Sampling
+) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
+    """The same as ``sample`` in torch alone: any device and type; what the kernel must equal."""
     if sampling.temperature == 0:
         _require_finite(logits.amax(-1))
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
@@ -140,10 +159,7 @@ def sample(
 def _require_finite(row: Tensor) -> None:
     """Refuse rows whose distribution is not one."""
     if not bool(row.isfinite().all()):
-        raise FloatingPointError(
-            "logits hold NaN or inf, so no token can be drawn; the model's weights are broken or "
-            "its compute type overflows: check the last update, or use float32"
-        )
+        raise FloatingPointError(_BROKEN)
 
 
 def _at_least(probs: Tensor, threshold: Tensor) -> Tensor:

@@ -5,5 +5,16 @@ Each has an equal in plain torch, which is used where no compiler is found.
 
 from gruppo.native.attention import decode_attention, is_supported
 from gruppo.native.compiled import kernels
+from gruppo.native.layer import add_norm, rotate_and_keep, swiglu
+from gruppo.native.sampling import can_sample, sample
 
-__all__ = ["decode_attention", "is_supported", "kernels"]
+__all__ = [
+    "add_norm",
+    "can_sample",
+    "decode_attention",
+    "is_supported",
+    "kernels",
+    "rotate_and_keep",
+    "sample",
+    "swiglu",
+]

@@ -18,29 +18,51 @@ struct Shape {
   float scaling;
 };
 
+constexpr int64_t kKeys = 4;    // keys at once: a query is read once for all of them
+constexpr int64_t kLanes = 16;  // sums of a product that are carried side by side
+
+// The product of a query with `count` keys, one after the other in memory.
+template <int WIDTH, int COUNT, typename T>
+void products(const T* keys, const float* query, int64_t width, float* out) {
+  float sums[COUNT][kLanes] = {};
+  const int64_t whole = WIDTH ? WIDTH : width / kLanes * kLanes;
+  for (int64_t d = 0; d < whole; d += kLanes)
+    for (int k = 0; k < COUNT; ++k) {
+      const T* key = keys + k * width + d;
+#pragma omp simd
+      for (int64_t i = 0; i < kLanes; ++i) sums[k][i] += query[d + i] * widen(key[i]);
+    }
+  for (int k = 0; k < COUNT; ++k) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < kLanes; ++i) sum += sums[k][i];
+    for (int64_t d = whole; d < width; ++d) sum += query[d] * widen(keys[k * width + d]);
+    out[k] = sum;
+  }
+}
+
 // Scores of `repeats` queries with keys [from, to), written to scores[j * stride + at]. WIDTH is
 // the heads' width where it is a common one (loops unroll), else 0.
 template <int WIDTH, typename T>
 void score(const T* keys, int64_t from, int64_t to, const float* query, const Shape& s,
            float* scores, int64_t stride) {
   const int64_t width = WIDTH ? WIDTH : s.width;
-  for (int64_t j = 0; j < s.repeats; ++j) {
-    const float* q = query + j * width;
-    for (int64_t x = from; x < to; ++x) {
-      const T* key = keys + x * width;
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t d = 0; d < width; ++d) sum += q[d] * widen(key[d]);
-      scores[j * stride + (x - from)] = sum;
-    }
-  }
+  int64_t x = from;
+  for (; x + kKeys <= to; x += kKeys)
+    for (int64_t j = 0; j < s.repeats; ++j)
+      products<WIDTH, kKeys>(keys + x * width, query + j * width, width,
+                             scores + j * stride + (x - from));
+  for (; x < to; ++x)
+    for (int64_t j = 0; j < s.repeats; ++j)
+      products<WIDTH, 1>(keys + x * width, query + j * width, width,
+                         scores + j * stride + (x - from));
 }
 
 // mixed[j] += sum over x of weights[j * stride + at] * values[x]
 template <int WIDTH, typename T>
 void mix(const T* values, int64_t from, int64_t to, const float* weights, int64_t stride,
          const Shape& s, float* mixed) {
-  constexpr int64_t kBlock = 32;  // sums that stay in registers
+  constexpr int64_t kBlock = 64;  // sums that stay in registers
   const int64_t width = WIDTH ? WIDTH : s.width;
   for (int64_t j = 0; j < s.repeats; ++j) {
     const float* weight = weights + j * stride - from;
@@ -124,15 +146,16 @@ void decode(const Shape& s, const T* query, const T* prompt_keys, const T* promp
 // ones [S, K, C, D]; place, prompt_length and own_length [N] are int64. own_length does not count
 // the token being computed, whose key and value are in the buffer already.
 #define DECODE(NAME, TYPE)                                                                        \
-  extern "C" void NAME(const int64_t* sizes, float scaling, const TYPE* query,                    \
-                       const TYPE* prompt_keys, const TYPE* prompt_values, const TYPE* own_keys,  \
-                       const TYPE* own_values, const int64_t* place,                              \
+  extern "C" void NAME(int64_t rows, int64_t key_heads, int64_t repeats, int64_t width,           \
+                       int64_t prompt_columns, int64_t own_columns, int64_t window, float scaling, \
+                       const TYPE* query, const TYPE* prompt_keys, const TYPE* prompt_values,     \
+                       const TYPE* own_keys, const TYPE* own_values, const int64_t* place,        \
                        const int64_t* prompt_length, const int64_t* own_length, TYPE* out) {      \
-    const Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],       \
-                      scaling};                                                                   \
-    const auto run = shape.width == 64    ? decode<64, TYPE>                                      \
-                     : shape.width == 128 ? decode<128, TYPE>                                     \
-                                          : decode<0, TYPE>;                                      \
+    const Shape shape{rows,   key_heads, repeats, width, prompt_columns, own_columns,             \
+                      window, scaling};                                                           \
+    const auto run = width == 64    ? decode<64, TYPE>                                            \
+                     : width == 128 ? decode<128, TYPE>                                           \
+                                    : decode<0, TYPE>;                                            \
     run(shape, query, prompt_keys, prompt_values, own_keys, own_values, place, prompt_length,     \
         own_length, out);                                                                         \
   }

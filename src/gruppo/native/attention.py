@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gruppo.native.compiled import kernels
+from gruppo.native.compiled import kernel, kernels
 
 _NAMES = {
     torch.float32: "decode_attention_float32",
@@ -40,25 +38,16 @@ def decode_attention(  # noqa: PLR0913 - eight tensors, each one thing
     (the last is that of the query's token); of these the last ``window``. Only for what
     ``is_supported``. Products and sums are in float32.
     """
-    compiled = kernels()
-    assert compiled is not None, "is_supported was asked before"
     rows, heads, width = query.shape
     key_heads = prompt_keys.shape[1]
-    sizes = (ctypes.c_int64 * 7)(
-        rows,
-        key_heads,
-        heads // key_heads,
-        width,
-        prompt_keys.shape[2],
-        own_keys.shape[2],
-        window or 0,
-    )
     query = query.contiguous()
     out = torch.empty_like(query)
     tensors = (query, prompt_keys, prompt_values, own_keys, own_values)
     tensors += (place, prompt_length, own_length, out)
     assert all(tensor.is_contiguous() for tensor in tensors), "buffers are whole"
-    compiled[_NAMES[query.dtype]](
-        sizes, ctypes.c_float(scaling), *(ctypes.c_void_p(t.data_ptr()) for t in tensors)
+    kernel(_NAMES[query.dtype], "iiiiiiifppppppppp")(
+        *(rows, key_heads, heads // key_heads, width),
+        *(prompt_keys.shape[2], own_keys.shape[2], window or 0, scaling),
+        *(tensor.data_ptr() for tensor in tensors),
     )
     return out

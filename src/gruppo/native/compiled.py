@@ -15,17 +15,20 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 from gruppo.cache import cache_folder
 
+Kernel = Callable[..., int]
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 # fp contraction and reordered sums are what vector code needs; NaN and inf keep their meaning
 _MATH = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
 _TIMEOUT_S = 120
+_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +45,24 @@ def kernels() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _log.info("no compiled kernels, plain torch instead: %s", error)
         return None
+
+
+@cache
+def kernel(name: str, kinds: str, result: type[ctypes.c_int64] | None = None) -> Kernel:
+    """One of the compiled functions, for callers that know there are ``kernels``.
+
+    Args:
+        name: of the function.
+        kinds: of its arguments, a letter each: p(ointer), i(nteger), f(loat), d(ouble).
+        result: what it returns.
+    """
+    compiled = kernels()
+    assert compiled is not None, "asked before whether there are kernels"
+    found = compiled[name]
+    # declared once, because converting every argument of every call takes longer than some kernels
+    found.argtypes = [_KINDS[kind] for kind in kinds]
+    found.restype = result
+    return found
 
 
 def _compiled() -> Path:

@@ -26,9 +26,11 @@ from gruppo.engine.base import (
     room,
 )
 from gruppo.engine.local.batch import plan_waves
+from gruppo.engine.local.decoder import find_decoder
+from gruppo.engine.local.fused import FusedStep
 from gruppo.engine.local.module import HALF, copy_weights, generating
-from gruppo.engine.local.packed import WORTHWHILE, packed_linears
-from gruppo.engine.local.probe import can_share
+from gruppo.engine.local.packed import WORTHWHILE, packed_linears, plain_product
+from gruppo.engine.local.probe import can_fuse, can_share
 from gruppo.engine.local.schedule import Row, Schedule, rows_of
 from gruppo.engine.local.shared import Drawing, Drawn, Spoken
 from gruppo.engine.local.store import Store
@@ -94,6 +96,7 @@ class LocalEngine:
         self._version = 0
         self._is_aborted = False
         self.is_shared = kind == "shared" and can_share(model, compute_dtype)
+        self._can_fuse = self.is_shared and can_fuse(model, compute_dtype)
         self.peak_cache_bytes = 0
 
     @property
@@ -181,9 +184,14 @@ class LocalEngine:
         if self._max_cached_tokens and rows:  # more than these are never admitted together
             slots = min(slots, max(1, self._max_cached_tokens // min(row.limit for row in rows)))
         steps = max(limits, default=0)
+        # anew at every call: an adapter or a hook may have come
+        decoder = find_decoder(model) if self._can_fuse else None
+        together = decoder.together if decoder else ()
         with (
             generating(model, self._compute_dtype) as dtype,
-            packed_linears(model, dtype, rows=slots) if steps >= WORTHWHILE else nullcontext(),
+            packed_linears(model, dtype, rows=slots, together=together)
+            if steps >= WORTHWHILE
+            else nullcontext(plain_product) as products,
         ):
             store = Store(
                 text_config(model).num_hidden_layers,
@@ -197,6 +205,7 @@ class LocalEngine:
                 sampling=sampling,
                 store=store,
                 spoken=self._spoken(sampling),
+                step=FusedStep(decoder, products, store) if decoder else None,
             )
             while not (schedule.is_done or self._is_aborted):
                 drawing.turn()

@@ -1,14 +1,16 @@
 """Weights of linear layers in the layout in which a CPU multiplies small batches fastest.
 
 A decode step multiplies a few dozen rows by every weight matrix. oneDNN does that faster if the
-matrix was cut into blocks before, once for all steps of a call. The copies live for that call
-only, so they are never older than the weights. CPU only; other devices need no such thing.
+matrix was cut into blocks before, once for all steps of a call; matrices that are given the same
+rows become one. The copies live for that call only, so they are never older than the weights. CPU
+only; other devices need no such thing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +20,34 @@ from gruppo.memory import is_out_of_memory
 WORTHWHILE = 32
 """Decode steps from which on the copies, which cost about as much as one step, pay."""
 
+Group = tuple[nn.Linear, ...]
+Product = Callable[[Tensor], Tensor]
+Products = Callable[[Group], Product]
+"""What multiplies rows by the matrices of some layers; the results lie side by side."""
+
+
+def plain_product(group: Group) -> Product:
+    """The layers' own products, one after the other."""
+    forwards = [layer.forward for layer in group]
+    if len(forwards) == 1:
+        return forwards[0]
+    return lambda rows: torch.cat([forward(rows) for forward in forwards], dim=-1)
+
 
 @contextmanager
-def packed_linears(model: nn.Module, dtype: torch.dtype | None, *, rows: int) -> Iterator[None]:
+def packed_linears(
+    model: nn.Module, dtype: torch.dtype | None, *, rows: int, together: Sequence[Group] = ()
+) -> Iterator[Products]:
     """Within, ``model``'s plain linear layers multiply by packed copies; without gradients.
 
     Args:
         model: on the CPU; layers of another type than ``nn.Linear`` stay as they are.
         dtype: type of the products (that of autocast); None for the weights' own.
         rows: batch size that the layout is chosen for.
+        together: layers that the model calls one after the other with the same rows.
+
+    Yields:
+        The product with a group of ``together``, or with one layer.
     """
     layers = [
         module
@@ -34,34 +55,66 @@ def packed_linears(model: nn.Module, dtype: torch.dtype | None, *, rows: int) ->
         # one that a hook or a user's own forward sits on stays as it is
         if type(module) is nn.Linear and "forward" not in vars(module)
     ]
+    joined = {layer for group in together for layer in group}
+    groups = [*together, *((layer,) for layer in layers if layer not in joined)]
     if not (layers and all(_is_supported(weight, dtype) for weight in _kinds(layers))):
-        yield
+        yield plain_product
         return
     try:
-        packed = _pack(layers, dtype, rows)
+        packed = _pack(groups, dtype, rows)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         packed = {}
+    products = {group: _product(group, weight, dtype) for group, weight in packed.items()}
     try:
-        for layer in layers if packed else ():
-            product = _product(layer, packed[layer.weight.data_ptr()], dtype)
-            vars(layer)["forward"] = product
-        yield
+        for group, product in products.items():
+            shared = _Shared(product, [layer.out_features for layer in group])
+            for index, layer in enumerate(group):
+                vars(layer)["forward"] = product if len(group) == 1 else shared.part(index)
+        yield lambda group: products[group] if group in products else plain_product(group)
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
 
 
-def _pack(layers: Sequence[nn.Linear], dtype: torch.dtype | None, rows: int) -> dict[int, Tensor]:
-    """Packed copies by the address of the matrix, which several layers may share."""
-    packed: dict[int, Tensor] = {}
-    for layer in layers:
-        weight = layer.weight
-        if weight.data_ptr() not in packed:
-            whole = weight.detach().to(dtype or weight.dtype)
-            packed[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(whole, rows)
-    return packed
+@final
+class _Shared:
+    """A product of several layers, for a model that calls them one after the other."""
+
+    def __init__(self, product: Product, widths: Sequence[int]) -> None:
+        self._product = product
+        self._widths = list(widths)
+        self._rows: Tensor | None = None
+        self._parts: tuple[Tensor, ...] = ()
+
+    def part(self, index: int) -> Product:
+        """The forward of the layer with that index."""
+
+        def forward(rows: Tensor) -> Tensor:
+            if self._rows is not rows:
+                self._rows, self._parts = rows, self._product(rows).split(self._widths, dim=-1)
+            own = self._parts[index]
+            if index == len(self._widths) - 1:
+                self._rows, self._parts = None, ()
+            return own
+
+        return forward
+
+
+def _pack(groups: Sequence[Group], dtype: torch.dtype | None, rows: int) -> dict[Group, Tensor]:
+    """Packed copies; that of a matrix which several layers share exists once."""
+    packed: dict[tuple[int, ...], Tensor] = {}
+    for group in groups:
+        if (at := _address(group)) not in packed:
+            weights = [layer.weight.detach().to(dtype or layer.weight.dtype) for layer in group]
+            whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+            packed[at] = torch.ops.mkldnn._reorder_linear_weight(whole, rows)
+    return {group: packed[_address(group)] for group in groups}
+
+
+def _address(group: Group) -> tuple[int, ...]:
+    return tuple(layer.weight.data_ptr() for layer in group)
 
 
 def _kinds(layers: Sequence[nn.Linear]) -> list[Tensor]:
@@ -81,11 +134,9 @@ def _is_supported(weight: Tensor, dtype: torch.dtype | None) -> bool:
     return True
 
 
-def _product(
-    layer: nn.Linear, weight: Tensor, dtype: torch.dtype | None
-) -> Callable[[Tensor], Tensor]:
-    multiply, plain, bias = torch.ops.mkldnn._linear_pointwise, layer.forward, layer.bias
-    addend = None if bias is None else bias.detach().to(dtype or bias.dtype)
+def _product(group: Group, weight: Tensor, dtype: torch.dtype | None) -> Product:
+    multiply, plain, addend = torch.ops.mkldnn._linear_pointwise, plain_product(group), _bias(group)
+    addend = addend if addend is None or dtype is None else addend.to(dtype)
 
     def forward(rows: Tensor) -> Tensor:
         # where a model turns autocast off (a router in float32, say), its own product is meant
@@ -95,3 +146,15 @@ def _product(
         return multiply(taken, weight, addend, "none", [], "")
 
     return forward
+
+
+def _bias(group: Group) -> Tensor | None:
+    """The layers' biases side by side, 0 for a layer without one; None if none has one."""
+    if all(layer.bias is None for layer in group):
+        return None
+    return torch.cat(
+        [
+            layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+            for layer in group
+        ]
+    ).detach()

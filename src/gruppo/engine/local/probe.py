@@ -1,7 +1,8 @@
-"""Whether a model draws the same with shared prompts as plainly: tried, on a few tokens.
+"""Which of the engine's ways compute what a model computes: tried, on a few tokens.
 
 Models that keep another state than keys and values (state spaces, linear attention), whose
-attention is not gruppo's, or whose forward takes no layout, do not.
+attention is not gruppo's, or whose forward takes no layout, cannot share prompts. Those that
+look like Llama and compute something else (scaled residuals, say) cannot take its short step.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gruppo import native
+from gruppo.engine.local.decoder import Decoder, find_decoder
+from gruppo.engine.local.fused import FusedStep
 from gruppo.engine.local.module import generating
+from gruppo.engine.local.packed import plain_product
 from gruppo.engine.local.schedule import Schedule, rows_of
-from gruppo.engine.local.shared import Drawing
-from gruppo.engine.local.store import Store
+from gruppo.engine.local.shared import Drawing, Step, forward
+from gruppo.engine.local.store import Decode, Piece, Prefill, Store
 from gruppo.memory import is_out_of_memory
 from gruppo.model.attention import NAME
-from gruppo.model.parts import causal, text_config
+from gruppo.model.parts import causal, context_length, text_config
 from gruppo.types import Request, Sampling
 
 # Largest difference of a log-probability that rounding can explain.
@@ -23,6 +28,9 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # both are drawn in flo
 _HALF_TOLERANCE = 0.3
 _PROMPTS = ((5, 6, 7, 8), (9, 10))
 _TOKENS = 5
+# Largest difference of logits, relative to their largest value, that rounding can explain.
+_STEP_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_STEPS = 3
 
 
 def can_share(model: nn.Module, compute_dtype: torch.dtype) -> bool:
@@ -61,6 +69,58 @@ def can_share(model: nn.Module, compute_dtype: torch.dtype) -> bool:
             )
             for row, drawn in drawing.drawn.items()
         )
+
+
+def can_fuse(model: nn.Module, compute_dtype: torch.dtype) -> bool:
+    """Whether ``FusedStep`` gives the logits of the model's own forward; for one that shares.
+
+    Rows at positions all over the context are compared for a few steps, because some models
+    scale queries far from the beginning.
+    """
+    decoder = find_decoder(model)
+    if decoder is None or native.kernels() is None:
+        return False
+    with generating(model, compute_dtype) as dtype:
+        kept = dtype or next(model.parameters()).dtype
+        if kept not in _STEP_TOLERANCE:
+            return False
+        try:
+            ours, theirs = (_stepped(model, kept, parts) for parts in (decoder, None))
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+    return error <= _STEP_TOLERANCE[kept]
+
+
+def _stepped(model: nn.Module, dtype: torch.dtype, decoder: Decoder | None) -> Tensor:
+    """Logits [steps, N, V] of rows that share prompts, by the parts of a decoder or plainly."""
+    config = text_config(model)
+    store = Store(config.num_hidden_layers, slots=3, dtype=dtype)
+    pieces, first = [], 0
+    for place, prompt in enumerate(_PROMPTS):
+        pieces.append(Piece(place=place, start=0, stop=len(prompt), first=first))
+        first += len(prompt)
+    ids = torch.tensor([token % config.vocab_size for prompt in _PROMPTS for token in prompt])
+    at = torch.tensor([position for prompt in _PROMPTS for position in range(len(prompt))])
+    forward(model, ids[None], at[None], Prefill(store, tuple(pieces)))
+
+    def plain(tokens: Tensor, positions: Tensor, step: Decode) -> Tensor:
+        return forward(model, tokens[:, None], positions[:, None], step)[:, -1]
+
+    advance: Step = FusedStep(decoder, plain_product, store) if decoder else plain
+    places = (0, 1, 0)
+    lengths = torch.tensor([len(_PROMPTS[place]) for place in places])
+    step = Decode.of(store, places, lengths, torch.zeros(3, dtype=torch.long))
+    far = (context_length(model) or 4096) - int(lengths.max()) - _STEPS
+    offset = torch.tensor([0, far // 3, far]).clamp(min=0)
+    logits = []
+    for number in range(_STEPS):
+        tokens = (torch.arange(3) * 7 + number * 3 + 11) % config.vocab_size
+        logits.append(advance(tokens, step.positions + offset, step))
+        step.advance()
+    return torch.stack(logits).double()
 
 
 def _hides_layout(model: nn.Module) -> bool:

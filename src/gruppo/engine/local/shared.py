@@ -27,6 +27,9 @@ PREFILL_TOKENS = 2048
 Spoken = Callable[[list[list[int]]], list[bool]]
 """Which of the rows' tokens so far end in a stop string."""
 
+Step = Callable[[Tensor, Tensor, Decode], Tensor]
+"""Logits [N, V] after tokens [N] at positions [N], and their keys and values in the store."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
@@ -84,9 +87,9 @@ class Slots:
         self.logp[rows, self.own_length] = logp
         self.own_length = self.own_length + 1
 
-    def last(self) -> Int[Tensor, "N 1"]:
+    def last(self) -> Int[Tensor, "N"]:
         """The token drawn last by each row."""
-        return self.tokens.gather(1, self.own_length[:, None] - 1)
+        return self.tokens.gather(1, self.own_length[:, None] - 1).squeeze(1)
 
     def running(self) -> list[list[int]]:
         """Tokens drawn so far by each row."""
@@ -124,7 +127,10 @@ class Slots:
 
 @final
 class Drawing:
-    """One call of ``generate``: rows in, what they drew out."""
+    """One call of ``generate``: rows in, what they drew out.
+
+    ``step`` computes decode steps in place of the model's own forward.
+    """
 
     def __init__(
         self,
@@ -135,8 +141,10 @@ class Drawing:
         sampling: Sampling,
         store: Store,
         spoken: Spoken | None,
+        step: Step | None = None,
     ) -> None:
         self._model = model
+        self._step = step or self._forward_step
         self._requests = requests
         self._schedule = schedule
         self._sampling = sampling
@@ -192,7 +200,7 @@ class Drawing:
             self._decode = Decode.of(self._store, places, slots.prompt_length, slots.own_length - 1)
         else:
             self._decode.advance()
-        return self._forward(slots.last(), self._decode.positions, self._decode)[:, -1]
+        return self._step(slots.last(), self._decode.positions, self._decode)
 
     def _start(self, admitted: Sequence[Admission]) -> Float[Tensor, "M V"]:
         """Compute the new rows' prompts, where they are not held yet; logits of first tokens."""
@@ -208,7 +216,8 @@ class Drawing:
         tokens = torch.tensor([token for part in ids for token in part], device=self._device)
         at = [position for piece in pieces for position in range(piece.start, piece.stop)]
         ends = [piece.span.stop - 1 for piece in pieces]
-        logits = self._forward(
+        logits = forward(
+            self._model,
             tokens[None],
             torch.tensor(at, device=self._device)[None],
             Prefill(self._store, pieces),
@@ -217,27 +226,31 @@ class Drawing:
         for piece, row in zip(pieces, logits, strict=True):
             self._first[piece.place] = row  # of the last piece in the end
 
-    def _forward(
-        self,
-        tokens: Int[Tensor, "B Q"],
-        positions: Int[Tensor, "B Q"],
-        step: Prefill | Decode,
-        *,
-        keep: Tensor | int = 1,
-    ) -> Float[Tensor, "B K V"]:
-        """Logits at the positions to ``keep``; keys and values go where ``step`` says."""
-        self._store.step = step
-        output = self._model(
-            input_ids=tokens,
-            position_ids=positions,
-            # four dimensions: transformers takes it as it is, and makes no mask of its own
-            attention_mask=torch.zeros(1, 1, 1, 1, device=self._device),
-            past_key_values=self._store.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            **{SHARED: step},
-        )
-        return output.logits
+    def _forward_step(self, tokens: Tensor, positions: Tensor, step: Decode) -> Tensor:
+        return forward(self._model, tokens[:, None], positions[:, None], step)[:, -1]
+
+
+def forward(
+    model: nn.Module,
+    tokens: Int[Tensor, "B Q"],
+    positions: Int[Tensor, "B Q"],
+    step: Prefill | Decode,
+    *,
+    keep: Tensor | int = 1,
+) -> Float[Tensor, "B K V"]:
+    """Logits at the positions to ``keep``; keys and values go where ``step`` says."""
+    step.store.step = step
+    output = model(
+        input_ids=tokens,
+        position_ids=positions,
+        # four dimensions: transformers takes it as it is, and makes no mask of its own
+        attention_mask=torch.zeros(1, 1, 1, 1, device=tokens.device),
+        past_key_values=step.store.cache,
+        use_cache=True,
+        logits_to_keep=keep,
+        **{SHARED: step},
+    )
+    return output.logits
 
 
 def _pieces(prompts: dict[int, tuple[int, ...]]) -> list[tuple[Piece, ...]]:

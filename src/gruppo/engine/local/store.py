@@ -29,7 +29,8 @@ class LayerStore(CacheLayerMixin):
     """Keys and values of one layer (fills in transformers' plug-in interface).
 
     ``prompt_keys`` [P, K, W, D] by place, ``own_keys`` [S, K, C, D] by slot; values alike. Unused
-    entries are finite, because a masked one still takes part in a product with weight 0.
+    entries are finite, because a masked one still takes part in a product with weight 0. ``rule``
+    is that of the prompts' attention, which the completions' follows.
     """
 
     is_sliding = False
@@ -40,6 +41,7 @@ class LayerStore(CacheLayerMixin):
         self._store = store
         self.prompt_keys = self.prompt_values = torch.empty(0)
         self.own_keys = self.own_values = torch.empty(0)
+        self.rule = AttentionRule()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make empty buffers like the first states handed over."""
@@ -158,6 +160,7 @@ class Prefill:
     ) -> Float[Tensor, "1 N H E"]:
         """Attention of every piece over its prompt, the piece itself included."""
         layer = self.store.layers[layer_index]
+        layer.rule = rule
         mixed = []
         for piece in self.pieces:
             seen = slice(0, piece.stop)
@@ -174,39 +177,30 @@ class Prefill:
 class Decode:
     """One token of every running row: it sees its prompt (shared) and its own tokens.
 
-    ``place`` and ``prompt_length`` [N] are the rows' prompts, ``own_length`` [N] the tokens each
-    has in the store, the one being computed not counted. ``by_place`` [P, G] lists the rows of
-    every place (row 0 where there are fewer), ``back`` [N] where a row stands in it.
+    ``places`` are the rows' prompts (``place`` [N] the same), ``prompt_length`` [N] their lengths,
+    ``own_length`` [N] the tokens each has in the store, the one being computed not counted.
     """
 
     store: Store
+    places: Sequence[int]
     place: Int[Tensor, "N"]
     prompt_length: Int[Tensor, "N"]
     own_length: Int[Tensor, "N"]
-    by_place: Int[Tensor, "P G"]
-    back: Int[Tensor, "N"]
     columns: int
     _masks: dict[int | None, Tensor]
+    _grouping: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def of(
         store: Store, places: Sequence[int], prompt_length: Tensor, own_length: Tensor
     ) -> Decode:
         """The step after the rows have changed; ``advance`` makes the next of the same rows."""
-        device = own_length.device
-        rows: list[list[int]] = [[] for _ in range(max(places) + 1)]
-        back = []
-        for row, place in enumerate(places):
-            back.append((place, len(rows[place])))
-            rows[place].append(row)
-        widest = max(map(len, rows))
         return Decode(
             store=store,
-            place=torch.tensor(places, device=device),
+            places=places,
+            place=torch.tensor(places, device=own_length.device),
             prompt_length=prompt_length,
             own_length=own_length,
-            by_place=torch.tensor([r + [0] * (widest - len(r)) for r in rows], device=device),
-            back=torch.tensor([place * widest + at for place, at in back], device=device),
             columns=int(own_length.max()) + 1,
             _masks={},
         )
@@ -218,9 +212,9 @@ class Decode:
         self._masks = {}
 
     @property
-    def positions(self) -> Int[Tensor, "N 1"]:
+    def positions(self) -> Int[Tensor, "N"]:
         """Position ids of the rows' tokens, as the model counts them (prompt included)."""
-        return (self.prompt_length + self.own_length)[:, None]
+        return self.prompt_length + self.own_length
 
     def write(self, layer: LayerStore, keys: Tensor, values: Tensor) -> None:
         """Keep one new key and value [N, K, 1, D] a row."""
@@ -237,12 +231,16 @@ class Decode:
         query = query.to(layer.own_keys.dtype)
         same_width = layer.own_values.shape[3] == query.shape[3]
         if rule.is_plain and same_width and native.is_supported(query):
-            return self._native(layer, query, rule)
+            return self.attend_natively(layer, query[:, :, 0], rule)[:, None]
         return self._plain(layer, query, rule)
 
-    def _native(self, layer: LayerStore, query: Tensor, rule: AttentionRule) -> Tensor:
-        mixed = native.decode_attention(
-            query[:, :, 0],
+    def attend_natively(
+        self, layer: LayerStore, query: Float[Tensor, "N H D"], rule: AttentionRule
+    ) -> Float[Tensor, "N H D"]:
+        """The same by the compiled kernel, for a plain rule and a type that it takes."""
+        assert rule.is_plain, "the kernel knows no soft cap and no sinks"
+        return native.decode_attention(
+            query,
             layer.prompt_keys,
             layer.prompt_values,
             layer.own_keys,
@@ -253,13 +251,13 @@ class Decode:
             scaling=query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling,
             window=rule.window,
         )
-        return mixed[:, None]
 
     def _plain(self, layer: LayerStore, query: Tensor, rule: AttentionRule) -> Tensor:
         count, heads = query.shape[:2]
         keys, values = layer.own_keys[:count, :, : self.columns], layer.own_values[:count]
         grouped = query.view(count, keys.shape[1], -1, query.shape[-1])  # [N, K, H / K, D]
-        shared = self._together(grouped) @ layer.prompt_keys[: len(self.by_place)].mT
+        by_place, _ = self._groups()
+        shared = self._together(grouped) @ layer.prompt_keys[: len(by_place)].mT
         scores = torch.cat([self._apart(shared), grouped @ keys.mT], dim=-1)
         mask = self._mask(layer, rule)
         flat = scores.flatten(1, 2)[:, :, None]
@@ -267,18 +265,34 @@ class Decode:
         weights = weights.to(values.dtype).view(scores.shape)
         width = layer.prompt_keys.shape[2]
         shared = self._together(weights[..., :width])
-        mixed = self._apart(shared @ layer.prompt_values[: len(self.by_place)])
+        mixed = self._apart(shared @ layer.prompt_values[: len(by_place)])
         mixed = mixed + weights[..., width:] @ values[:, :, : self.columns]
         return mixed.reshape(count, 1, heads, -1)
 
     def _together(self, rows: Float[Tensor, "N K R X"]) -> Float[Tensor, "P K GR X"]:
         """Rows of one prompt side by side, so that its keys are read once for all of them."""
-        return rows[self.by_place].transpose(1, 2).flatten(2, 3)
+        by_place, _ = self._groups()
+        return rows[by_place].transpose(1, 2).flatten(2, 3)
 
     def _apart(self, shared: Float[Tensor, "P K GR X"]) -> Float[Tensor, "N K R X"]:
         """The opposite of ``_together``."""
-        group = self.by_place.shape[1]
-        return shared.unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)[self.back]
+        by_place, back = self._groups()
+        group = by_place.shape[1]
+        return shared.unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)[back]
+
+    def _groups(self) -> tuple[Int[Tensor, "P G"], Int[Tensor, "N"]]:
+        """The rows of every place (row 0 where there are fewer), and where a row stands there."""
+        if self._grouping is None:
+            rows: list[list[int]] = [[] for _ in range(max(self.places) + 1)]
+            stands = []
+            for row, place in enumerate(self.places):
+                stands.append((place, len(rows[place])))
+                rows[place].append(row)
+            widest, device = max(map(len, rows)), self.place.device
+            by_place = torch.tensor([r + [0] * (widest - len(r)) for r in rows], device=device)
+            back = torch.tensor([place * widest + at for place, at in stands], device=device)
+            self._grouping = by_place, back
+        return self._grouping
 
     def _mask(self, layer: LayerStore, rule: AttentionRule) -> Bool[Tensor, "N 1 1 S"]:
         """What each row sees of the prompts' columns and of its own."""
@@ -289,7 +303,7 @@ class Decode:
             length = self.prompt_length[:, None]
             there = torch.cat([prompt < length, own <= self.own_length[:, None]], dim=1)
             position = torch.cat([prompt.expand(len(length), -1), length + own], dim=1)
-            seen = there & rule.seen(self.positions, position)
+            seen = there & rule.seen(self.positions[:, None], position)
             self._masks[rule.window] = seen[:, None, None]
         return self._masks[rule.window]
 

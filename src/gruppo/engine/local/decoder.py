@@ -1,0 +1,148 @@
+"""The parts of a pre-norm decoder of Llama's kind, found by the names and types of its modules.
+
+Llama, SmolLM, Mistral, Qwen 2 and Qwen 3 are built like that. What is found here only looks like
+such a decoder: that it computes like one is for ``probe.can_fuse`` to find out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gruppo.engine.local.packed import Group
+
+_MODEL = {"model", "lm_head"}
+_BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
+_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    """An RMS norm: its weight and what it adds to the mean of squares."""
+
+    weight: nn.Parameter
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Layer:
+    """One layer: attention and gated linear unit, a norm before each."""
+
+    before_attention: Norm
+    query_key_value: Group
+    head_norms: tuple[Norm | None, Norm | None]
+    out: Group
+    before_mlp: Norm
+    gate_up: Group
+    down: Group
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Decoder:
+    """A causal language model: embedding, layers, a last norm and the head."""
+
+    embedding: nn.Embedding
+    rotary: nn.Module
+    layers: tuple[Layer, ...]
+    norm: Norm
+    head: Group
+
+    @property
+    def together(self) -> list[Group]:
+        """Layers that read the same rows."""
+        return [group for layer in self.layers for group in (layer.query_key_value, layer.gate_up)]
+
+
+class _Unlike(Exception):
+    """The model is built in another way."""
+
+
+def find_decoder(model: nn.Module) -> Decoder | None:
+    """The parts of ``model``; None if it has others, or more, or if anything is hooked onto it."""
+    try:
+        for module in model.modules():
+            _expect(
+                not (module._forward_hooks or module._forward_pre_hooks)
+                and "forward" not in vars(module)
+            )
+        return _decoder(model)
+    except _Unlike:
+        return None
+
+
+def _decoder(model: nn.Module) -> Decoder:
+    top = _children(model, _MODEL)
+    body = _children(top["model"], _BODY)
+    embedding, layers = body["embed_tokens"], body["layers"]
+    _expect(type(embedding) is nn.Embedding and embedding.max_norm is None)
+    _expect(type(layers) is nn.ModuleList)
+    assert isinstance(embedding, nn.Embedding)
+    decoder = Decoder(
+        embedding=embedding,
+        rotary=body["rotary_emb"],
+        layers=tuple(_layer(layer) for layer in layers.children()),
+        norm=_norm(body["norm"]),
+        head=_linears(top, "lm_head"),
+    )
+    kinds = {(str(p.device), p.dtype) for p in model.parameters()}
+    _expect(kinds <= {("cpu", torch.float32)} or kinds <= {("cpu", torch.bfloat16)})
+    return decoder
+
+
+def _layer(module: nn.Module) -> Layer:
+    parts = _children(module, _LAYER)
+    attention = _children(parts["self_attn"], _ATTENTION, _HEAD_NORMS)
+    mlp = _children(parts["mlp"], _MLP)
+    activation = mlp["act_fn"]
+    points = torch.linspace(-9, 9, 64)
+    _expect(torch.equal(activation(points), nn.functional.silu(points)))
+    query, key = (_norm(attention[n]) if n in attention else None for n in ("q_norm", "k_norm"))
+    return Layer(
+        before_attention=_norm(parts["input_layernorm"]),
+        query_key_value=_linears(attention, "q_proj", "k_proj", "v_proj"),
+        head_norms=(query, key),
+        out=_linears(attention, "o_proj"),
+        before_mlp=_norm(parts["post_attention_layernorm"]),
+        gate_up=_linears(mlp, "gate_proj", "up_proj"),
+        down=_linears(mlp, "down_proj"),
+    )
+
+
+def _children(
+    module: nn.Module, names: set[str], optional: set[str] | None = None
+) -> dict[str, nn.Module]:
+    """The modules that ``module`` is made of, if they have these names and it has no weights."""
+    children = dict(module.named_children())
+    _expect(names <= set(children) <= names | (optional or set()))
+    _expect(not [*module.parameters(recurse=False)])
+    return children
+
+
+def _linears(modules: dict[str, nn.Module], *names: str) -> Group:
+    return tuple(_only_linears(modules[name] for name in names))
+
+
+def _only_linears(modules: Iterator[nn.Module]) -> Iterator[nn.Linear]:
+    for module in modules:
+        _expect(type(module) is nn.Linear)
+        assert isinstance(module, nn.Linear)
+        yield module
+
+
+def _norm(module: nn.Module) -> Norm:
+    weights: dict[str, nn.Parameter] = dict(module.named_parameters())
+    epsilon = vars(module).get("variance_epsilon")
+    _expect(set(weights) == {"weight"} and isinstance(epsilon, float))
+    assert isinstance(epsilon, float)
+    return Norm(weights["weight"], epsilon)
+
+
+def _expect(truth: bool) -> None:
+    if not truth:
+        raise _Unlike
