@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gruppo.engine.local.schedule import Admission, Row, Schedule
 from gruppo.engine.local.store import Decode, Piece, Prefill, Store
-from gruppo.engine.sampler import sample, stream, uniforms
+from gruppo.engine.sampler import draw, stream, uniforms
 from gruppo.model.attention import SHARED
 from gruppo.types import Request, Sampling
 
@@ -40,86 +40,81 @@ class Drawn:
 
 @final
 class Slots:
-    """The running rows' state, by slot, and the tokens they have drawn."""
+    """The running rows, by slot: on the device what draws the next token, on the host the drawn."""
 
     def __init__(self, device: torch.device) -> None:
-        def none(dtype: torch.dtype) -> Tensor:
-            return torch.empty(0, dtype=dtype, device=device)
-
-        self.stream, self.offset, self.limit = (none(torch.long) for _ in range(3))
-        self.prompt_length, self.own_length = none(torch.long), none(torch.long)
-        self.tokens, self.logp = (none(dtype)[:, None] for dtype in (torch.long, torch.float32))
+        # stream, offset, prompt_length, own_length, token
+        self._state = torch.empty((5, 0), dtype=torch.long, device=device)
+        self._limits: list[int] = []
+        self._tokens: list[list[int]] = []
+        self._logp: list[list[float]] = []
 
     def __len__(self) -> int:
-        return len(self.stream)
+        return len(self._limits)
 
-    def add(self, rows: Sequence[Row], requests: Sequence[Request], *, columns: int) -> None:
-        """Append rows that have drawn nothing; at most ``columns`` tokens each."""
+    def add(self, rows: Sequence[Row], requests: Sequence[Request]) -> None:
+        """Append rows that have drawn nothing."""
         asked = [requests[row.request] for row in rows]
         fresh = [
             [stream(a.key, row.sample) for a, row in zip(asked, rows, strict=True)],
             [a.offset for a in asked],
-            [row.limit for row in rows],
             [len(a.tokens) for a in asked],
             [0] * len(rows),
+            [0] * len(rows),
         ]
-        device = self.stream.device
-        held = (self.stream, self.offset, self.limit, self.prompt_length, self.own_length)
-        self.stream, self.offset, self.limit, self.prompt_length, self.own_length = (
-            torch.cat([old, torch.tensor(new, device=device)])
-            for old, new in zip(held, fresh, strict=True)
-        )
-        shape = (len(rows), columns)
-        self.tokens = torch.cat([self._wide(self.tokens, columns), self.tokens.new_zeros(shape)])
-        self.logp = torch.cat([self._wide(self.logp, columns), self.logp.new_zeros(shape)])
+        self._state = torch.cat([self._state, torch.tensor(fresh, device=self._state.device)], 1)
+        self._limits += [row.limit for row in rows]
+        self._tokens += [[] for _ in rows]
+        self._logp += [[] for _ in rows]
+
+    @property
+    def prompt_length(self) -> Int[Tensor, "N"]:
+        """Tokens of each row's prompt."""
+        return self._state[2]
+
+    @property
+    def own_length(self) -> Int[Tensor, "N"]:
+        """Tokens drawn so far by each row."""
+        return self._state[3]
 
     def uniforms(self) -> Float[Tensor, "N"]:
         """The numbers that draw the next token of each row."""
-        return uniforms(self.stream, self.offset + self.own_length)
+        return uniforms(self._state[0], self._state[1] + self._state[3])
 
-    def write(self, token: Int[Tensor, "N"], logp: Float[Tensor, "N"]) -> None:
-        """Add one token to every row."""
-        rows = torch.arange(len(self), device=token.device)
-        self.tokens[rows, self.own_length] = token
-        self.logp[rows, self.own_length] = logp
-        self.own_length = self.own_length + 1
+    def write(self, token: Int[Tensor, "N"], tokens: list[int], logp: list[float]) -> None:
+        """Add one token to every row, on the device and on the host."""
+        self._state[3] += 1
+        self._state[4] = token
+        for slot, (said, value) in enumerate(zip(tokens, logp, strict=True)):
+            self._tokens[slot].append(said)
+            self._logp[slot].append(value)
 
     def last(self) -> Int[Tensor, "N 1"]:
         """The token drawn last by each row."""
-        return self.tokens.gather(1, self.own_length[:, None] - 1)
+        return self._state[4, :, None]
 
     def running(self) -> list[list[int]]:
         """Tokens drawn so far by each row."""
-        lengths = self.own_length.tolist()
-        return [row[:n] for row, n in zip(self.tokens.tolist(), lengths, strict=True)]
+        return self._tokens
+
+    def is_full(self, slot: int) -> bool:
+        """Whether the row in ``slot`` has drawn all it may."""
+        return len(self._tokens[slot]) >= self._limits[slot]
 
     def take(self, slot: int, *, stopped: bool, aborted: bool = False) -> Drawn:
         """What the row in ``slot`` has drawn."""
-        length = int(self.own_length[slot])
-        return Drawn(
-            tokens=self.tokens[slot, :length].tolist(),
-            logp=self.logp[slot, :length].tolist(),
-            stopped=stopped,
-            aborted=aborted,
-        )
+        tokens, logp = self._tokens[slot], self._logp[slot]
+        return Drawn(tokens=tokens, logp=logp, stopped=stopped, aborted=aborted)
 
     def move(self, moves: Sequence[tuple[int, int]], left: int) -> None:
         """Move rows (from, to), and keep the first ``left``."""
         keep = list(range(left))
         for source, target in moves:
             keep[target] = source
-        index = torch.tensor(keep, dtype=torch.long, device=self.stream.device)
-        self.stream, self.offset, self.limit = (
-            held[index] for held in (self.stream, self.offset, self.limit)
-        )
-        self.prompt_length, self.own_length = self.prompt_length[index], self.own_length[index]
-        self.tokens, self.logp = self.tokens[index], self.logp[index]
-
-    @staticmethod
-    def _wide(held: Tensor, columns: int) -> Tensor:
-        wide = held.new_zeros((len(held), columns))
-        wide[:, : held.shape[1]] = held
-        return wide
+        self._state = self._state[:, torch.tensor(keep, dtype=torch.long).to(self._state.device)]
+        self._limits = [self._limits[slot] for slot in keep]
+        self._tokens = [self._tokens[slot] for slot in keep]
+        self._logp = [self._logp[slot] for slot in keep]
 
 
 @final
@@ -144,7 +139,7 @@ class Drawing:
         self._spoken = spoken
         self._device = next(model.parameters()).device
         self._slots = Slots(self._device)
-        self._ends = torch.tensor(sampling.stop_tokens, dtype=torch.long, device=self._device)
+        self._ends = frozenset(sampling.stop_tokens)
         self._decode: Decode | None = None
         self._first: dict[int, Tensor] = {}
         self.drawn: dict[Row, Drawn] = {}
@@ -156,12 +151,12 @@ class Drawing:
             logits.append(self._start(admitted))
             self._decode = None
         every = torch.cat(logits) if len(logits) > 1 else logits[0]
-        token, logp = sample(every, self._slots.uniforms(), self._sampling)
-        self._slots.write(token, logp)
-        stopped = (token[:, None] == self._ends).any(-1)
+        picked, tokens, logp = draw(every, self._slots.uniforms(), self._sampling)
+        self._slots.write(picked.token, tokens, logp)
+        stopped = [token in self._ends for token in tokens]
         if self._spoken is not None:
             said = self._spoken(self._slots.running())
-            stopped |= torch.tensor(said, dtype=torch.bool, device=self._device)
+            stopped = [one or other for one, other in zip(stopped, said, strict=True)]
         self._retire(stopped)
 
     def abort(self) -> None:
@@ -169,16 +164,14 @@ class Drawing:
         for slot, row in enumerate(self._schedule.rows):
             self.drawn[row] = self._slots.take(slot, stopped=False, aborted=True)
 
-    def _retire(self, stopped: Bool[Tensor, "N"]) -> None:
+    def _retire(self, stopped: Sequence[bool]) -> None:
         """Let rows go that stopped or reached their limit."""
-        done = stopped | (self._slots.own_length >= self._slots.limit)
-        if not bool(done.any()):
+        ended = [slot for slot, stop in enumerate(stopped) if stop or self._slots.is_full(slot)]
+        if not ended:
             return
-        ended = done.nonzero().squeeze(1).tolist()
-        by_stop = stopped.tolist()
         for slot in ended:
             row = self._schedule.rows[slot]
-            self.drawn[row] = self._slots.take(slot, stopped=by_stop[slot])
+            self.drawn[row] = self._slots.take(slot, stopped=stopped[slot])
         moves = self._schedule.finish(ended)
         self._slots.move(moves, len(self._schedule.rows))
         self._store.move(moves)
@@ -196,8 +189,7 @@ class Drawing:
 
     def _start(self, admitted: Sequence[Admission]) -> Float[Tensor, "M V"]:
         """Compute the new rows' prompts, where they are not held yet; logits of first tokens."""
-        columns = max(self._slots.tokens.shape[1], *(a.row.limit for a in admitted))
-        self._slots.add([a.row for a in admitted], self._requests, columns=columns)
+        self._slots.add([a.row for a in admitted], self._requests)
         fresh = {a.place: self._requests[a.row.request].tokens for a in admitted if a.is_first}
         for batch in _pieces(fresh):
             self._prefill(batch, fresh)
