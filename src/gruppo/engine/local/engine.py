@@ -3,13 +3,13 @@
 It shares weights with the policy by default, so sampling and training differ by rounding alone. A
 prompt is computed once for its group, whose completions share its keys and values; a completion
 that ends makes room for the next one at once. Models for which that is not possible (found out by
-trying) are drawn in plain waves. It captures no graphs.
+trying) are drawn in plain waves. On CUDA the decode step is captured and replayed (``graphs.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import final
 
@@ -26,6 +26,8 @@ from gruppo.engine.base import (
     room,
 )
 from gruppo.engine.local.batch import plan_waves
+from gruppo.engine.local.capture import capture_for
+from gruppo.engine.local.graphs import Replays
 from gruppo.engine.local.module import HALF, copy_weights, generating
 from gruppo.engine.local.packed import WORTHWHILE, packed_linears
 from gruppo.engine.local.probe import can_share
@@ -45,7 +47,7 @@ class LocalEngine:
     """Draws completions with a Hugging Face causal language model in this process.
 
     ``is_shared`` says whether groups share their prompt; ``peak_cache_bytes`` is the most memory
-    that keys and values took in the last call.
+    that keys and values took in the last call; on CUDA with graphs and 16-bit weights.
 
     Args:
         model: the module, with an adapter or without (shared with the policy, or the engine's
@@ -94,6 +96,8 @@ class LocalEngine:
         self._version = 0
         self._is_aborted = False
         self.is_shared = kind == "shared" and can_share(model, compute_dtype)
+        capture = capture_for(next(model.parameters()).device) if self.is_shared else None
+        self._replays = None if capture is None else Replays(capture, compute_dtype)
         self.peak_cache_bytes = 0
 
     @property
@@ -159,8 +163,10 @@ class LocalEngine:
         self._version = version
 
     def close(self) -> None:
-        """Let go of the model. Calling it twice is fine."""
+        """Let go of the model and of what was captured. Calling it twice is fine."""
         self._model = None
+        if self._replays is not None:
+            self._replays.drop()
 
     def _open(self) -> nn.Module:
         if self._model is None:
@@ -180,16 +186,8 @@ class LocalEngine:
         slots = min(max_rows, len(rows))
         if self._max_cached_tokens and rows:  # more than these are never admitted together
             slots = min(slots, max(1, self._max_cached_tokens // min(row.limit for row in rows)))
-        steps = max(limits, default=0)
-        with (
-            generating(model, self._compute_dtype) as dtype,
-            packed_linears(model, dtype, rows=slots) if steps >= WORTHWHILE else nullcontext(),
-        ):
-            store = Store(
-                text_config(model).num_hidden_layers,
-                slots=slots,
-                dtype=dtype or next(model.parameters()).dtype,
-            )
+        width = max((len(request.tokens) for request in requests), default=1)
+        with self._ready(model, slots, width=width, steps=max(limits, default=0)) as (store, replays):
             drawing = Drawing(
                 model,
                 requests,
@@ -197,12 +195,31 @@ class LocalEngine:
                 sampling=sampling,
                 store=store,
                 spoken=self._spoken(sampling),
+                replays=replays,
             )
             while not (schedule.is_done or self._is_aborted):
                 drawing.turn()
         drawing.abort()
-        self.peak_cache_bytes = store.num_bytes
+        self.peak_cache_bytes = store.num_bytes if replays is None else replays.peak_bytes
         return drawing.drawn
+
+    @contextmanager
+    def _ready(
+        self, model: nn.Module, slots: int, *, width: int, steps: int
+    ) -> Iterator[tuple[Store, Replays | None]]:
+        """Within, the model draws in ``slots`` slots, at most ``steps`` tokens a row."""
+        replays = self._replays
+        if replays is not None and not replays.is_broken and slots:
+            with replays.ready(model, slots=slots, width=width, columns=steps) as store:
+                yield store, replays
+            return
+        with (
+            generating(model, self._compute_dtype) as dtype,
+            packed_linears(model, dtype, rows=slots) if steps >= WORTHWHILE else nullcontext(),
+        ):
+            layers = text_config(model).num_hidden_layers
+            kept = dtype or next(model.parameters()).dtype
+            yield Store(layers, slots=slots, dtype=kept), None
 
     def _plain(
         self,

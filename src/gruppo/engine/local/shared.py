@@ -15,10 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gruppo.engine.local.forward import forward
+from gruppo.engine.local.graphs import Replays
 from gruppo.engine.local.schedule import Admission, Row, Schedule
-from gruppo.engine.local.store import Decode, Piece, Prefill, Store
+from gruppo.engine.local.seats import Seat
+from gruppo.engine.local.store import Decode, Piece, Prefill, Step, Store
 from gruppo.engine.sampler import draw, stream, uniforms
-from gruppo.model.attention import SHARED
 from gruppo.types import Request, Sampling
 
 PREFILL_TOKENS = 2048
@@ -46,6 +48,7 @@ class Slots:
         # stream, offset, prompt_length, own_length, token
         self._state = torch.empty((5, 0), dtype=torch.long, device=device)
         self._limits: list[int] = []
+        self._prompts: list[int] = []
         self._tokens: list[list[int]] = []
         self._logp: list[list[float]] = []
 
@@ -64,6 +67,7 @@ class Slots:
         ]
         self._state = torch.cat([self._state, torch.tensor(fresh, device=self._state.device)], 1)
         self._limits += [row.limit for row in rows]
+        self._prompts += [len(a.tokens) for a in asked]
         self._tokens += [[] for _ in rows]
         self._logp += [[] for _ in rows]
 
@@ -97,6 +101,13 @@ class Slots:
         """Tokens drawn so far by each row."""
         return self._tokens
 
+    def seats(self, places: Sequence[int]) -> list[Seat]:
+        """The rows as a step that is captured takes them; ``places`` are their prompts'."""
+        return [
+            Seat(place=place, prompt_length=prompt, own_length=len(tokens) - 1)
+            for place, prompt, tokens in zip(places, self._prompts, self._tokens, strict=True)
+        ]
+
     def is_full(self, slot: int) -> bool:
         """Whether the row in ``slot`` has drawn all it may."""
         return len(self._tokens[slot]) >= self._limits[slot]
@@ -113,6 +124,7 @@ class Slots:
             keep[target] = source
         self._state = self._state[:, torch.tensor(keep, dtype=torch.long).to(self._state.device)]
         self._limits = [self._limits[slot] for slot in keep]
+        self._prompts = [self._prompts[slot] for slot in keep]
         self._tokens = [self._tokens[slot] for slot in keep]
         self._logp = [self._logp[slot] for slot in keep]
 
@@ -130,6 +142,7 @@ class Drawing:
         sampling: Sampling,
         store: Store,
         spoken: Spoken | None,
+        replays: Replays | None = None,
     ) -> None:
         self._model = model
         self._requests = requests
@@ -141,6 +154,8 @@ class Drawing:
         self._slots = Slots(self._device)
         self._ends = frozenset(sampling.stop_tokens)
         self._decode: Decode | None = None
+        self._replays = replays
+        self._is_seated = False
         self._first: dict[int, Tensor] = {}
         self.drawn: dict[Row, Drawn] = {}
 
@@ -149,7 +164,7 @@ class Drawing:
         logits = [self._next_logits()] if len(self._slots) else []
         if admitted := self._schedule.admit():
             logits.append(self._start(admitted))
-            self._decode = None
+            self._changed()
         every = torch.cat(logits) if len(logits) > 1 else logits[0]
         picked, tokens, logp = draw(every, self._slots.uniforms(), self._sampling)
         self._slots.write(picked.token, tokens, logp)
@@ -175,17 +190,33 @@ class Drawing:
         moves = self._schedule.finish(ended)
         self._slots.move(moves, len(self._schedule.rows))
         self._store.move(moves)
+        self._changed()
+
+    def _changed(self) -> None:
+        """Other rows run than before."""
         self._decode = None
+        self._is_seated = False
 
     def _next_logits(self) -> Float[Tensor, "N V"]:
         """Logits after the last token of every running row."""
         slots = self._slots
+        if self._replays is not None:
+            logits = self._replayed(self._replays)
+            if logits is not None:
+                return logits
+            self._replays = None
         if self._decode is None:
             places = [self._schedule.place(row) for row in self._schedule.rows]
             self._decode = Decode.of(self._store, places, slots.prompt_length, slots.own_length - 1)
         else:
             self._decode.advance()
         return self._forward(slots.last(), self._decode.positions, self._decode)[:, -1]
+
+    def _replayed(self, replays: Replays) -> Tensor | None:
+        if not self._is_seated:
+            replays.seat(self._slots.seats([self._schedule.place(r) for r in self._schedule.rows]))
+            self._is_seated = True
+        return replays.logits(self._slots.last()[:, 0])
 
     def _start(self, admitted: Sequence[Admission]) -> Float[Tensor, "M V"]:
         """Compute the new rows' prompts, where they are not held yet; logits of first tokens."""
@@ -213,23 +244,12 @@ class Drawing:
         self,
         tokens: Int[Tensor, "B Q"],
         positions: Int[Tensor, "B Q"],
-        step: Prefill | Decode,
+        step: Step,
         *,
         keep: Tensor | int = 1,
     ) -> Float[Tensor, "B K V"]:
         """Logits at the positions to ``keep``; keys and values go where ``step`` says."""
-        self._store.step = step
-        output = self._model(
-            input_ids=tokens,
-            position_ids=positions,
-            # four dimensions: transformers takes it as it is, and makes no mask of its own
-            attention_mask=torch.zeros(1, 1, 1, 1, device=self._device),
-            past_key_values=self._store.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            **{SHARED: step},
-        )
-        return output.logits
+        return forward(self._model, self._store, step, tokens, positions, keep=keep)
 
 
 def _pieces(prompts: dict[int, tuple[int, ...]]) -> list[tuple[Piece, ...]]:
