@@ -25,7 +25,8 @@ SHAPES: dict[str, dict[str, object]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
 }
-SAMPLING = Sampling(max_tokens=12, temperature=0.9, stop_tokens=(5, 17, 40, 60))
+SAMPLING = Sampling(max_tokens=8, temperature=0.9, stop_tokens=(5, 17, 40, 60))
+FULL = Sampling(max_tokens=4, temperature=0.9)
 
 
 def build(name: str = "llama", **extra: object) -> nn.Module:
@@ -48,7 +49,7 @@ def requests(*groups: tuple[int, int]) -> list[Request]:
     ]
 
 
-UNEQUAL = requests((9, 3), (4, 9), (13, 1), (2, 2), (5, 1))
+UNEQUAL = requests((9, 2), (4, 6), (13, 1))
 
 
 def taped(
@@ -67,22 +68,33 @@ def assert_same(
             assert one.logp == pytest.approx(other.logp, abs=error)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_replays_draw_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_parity(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(name)
     expected = LocalEngine(model, letters, pad_token=0).generate(UNEQUAL, SAMPLING)
-    for rows in (128, 3, 1):  # all at once; rows that leave and enter; one by one
-        tape = Tape()
-        ours = taped(monkeypatch, model, tape, max_rows=rows)
-        assert_same(ours.generate(UNEQUAL, SAMPLING), expected)
-        turns = tape.plays
-        assert turns >= 11  # a completion of 12 tokens decodes 11
-        assert tape.records <= 10  # of the buckets of at most 16 rows
-        before = tape.records
-        assert_same(ours.generate(UNEQUAL, SAMPLING), expected)
-        assert (tape.records, tape.plays) == (before, 2 * turns)  # nothing is captured again
+    tape = Tape()
+    ours = taped(monkeypatch, model, tape, max_rows=rows)
+    assert_same(ours.generate(UNEQUAL, SAMPLING), expected)
+    turns, records = tape.plays, tape.records
+    assert turns >= 7  # a completion of 8 tokens decodes 7
+    assert records <= 10  # of the buckets of at most 16 rows
+    assert_same(ours.generate(UNEQUAL, SAMPLING), expected)
+    assert (tape.records, tape.plays) == (records, 2 * turns)  # nothing is captured again
 
 
+@pytest.mark.parametrize(("name", "rows"), [("gemma2", 128), ("llama", 3)])
+def test_replays_draw_the_same(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows at once, and rows that enter as others leave."""
+    check_parity(name, rows, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("rows", [128, 3, 1])
+def test_replays_of_every_model(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_parity(name, rows, monkeypatch)
+
+
+@pytest.mark.slow
 def test_buffers_grow_across_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """A budget of 0 keeps nothing and grows by 128, 256 and 384 columns."""
     model = build(max_position_embeddings=512)
@@ -95,9 +107,6 @@ def test_buffers_grow_across_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tape.records, tape.plays) == (3, 299)
     # 256 bytes a column and row: 4 slots; 8 places of 128; inputs; logits of 97 in float32
     assert ours.peak_cache_bytes == 256 * (4 * 384 + 8 * 128) + 8 * 11 * 4 + 4 * 4 * 97
-    roomy = taped(monkeypatch, model, Tape())
-    assert_same(roomy.generate(asked, long), expected, error=1e-4)
-    assert roomy.peak_cache_bytes == ours.peak_cache_bytes
 
 
 def test_captures_end_when_weights_move(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,20 +114,22 @@ def test_captures_end_when_weights_move(monkeypatch: pytest.MonkeyPatch) -> None
     tape = Tape()
     ours = taped(monkeypatch, model, tape)
     asked = requests((4, 2))
-    first = ours.generate(asked, SAMPLING)
+    first = ours.generate(asked, FULL)
     once = tape.records
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.01)  # in place, as an optimizer does
-    changed = ours.generate(asked, SAMPLING)
+    changed = ours.generate(asked, FULL)
     assert tape.records == once
     assert changed[0][0].logp != first[0][0].logp
-    assert_same(changed, LocalEngine(model, letters, pad_token=0, kind="plain").generate(asked, SAMPLING))
+    assert_same(
+        changed, LocalEngine(model, letters, pad_token=0, kind="plain").generate(asked, FULL)
+    )
     head = model.get_output_embeddings().weight
     head.data = head.data.clone() * 0.9
-    moved = ours.generate(asked, SAMPLING)
+    moved = ours.generate(asked, FULL)
     assert tape.records > once
-    assert_same(moved, LocalEngine(model, letters, pad_token=0, kind="plain").generate(asked, SAMPLING))
+    assert_same(moved, LocalEngine(model, letters, pad_token=0, kind="plain").generate(asked, FULL))
 
 
 def test_captures_end_when_an_adapter_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,12 +141,14 @@ def test_captures_end_when_an_adapter_is_switched(monkeypatch: pytest.MonkeyPatc
                 weight.normal_(std=0.3)
     ours = taped(monkeypatch, model, Tape())
     asked = requests((4, 2))
-    on = ours.generate(asked, SAMPLING)
+    on = ours.generate(asked, FULL)
     with model.disable_adapter():
-        off = ours.generate(asked, SAMPLING)
-        assert_same(off, LocalEngine(model, letters, pad_token=0, kind="plain").generate(asked, SAMPLING))
+        off = ours.generate(asked, FULL)
+        assert_same(
+            off, LocalEngine(model, letters, pad_token=0, kind="plain").generate(asked, FULL)
+        )
     assert on[0][0].logp != off[0][0].logp
-    assert_same(ours.generate(asked, SAMPLING), on)
+    assert_same(ours.generate(asked, FULL), on)
 
 
 def test_sixteen_bit_copies_follow_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,18 +177,23 @@ def test_sixteen_bit_copies_follow_the_weights(monkeypatch: pytest.MonkeyPatch) 
 def test_a_model_that_cannot_be_captured_draws_as_before(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = build("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-    expected = LocalEngine(model, letters, pad_token=0).generate(UNEQUAL, SAMPLING)
+    """One that asks the device for a number."""
+    model = build()
+    model.model.norm.register_forward_hook(
+        lambda module, args, output: output * output.sum().sign().abs().item()
+    )
+    asked = requests((4, 2))
+    expected = LocalEngine(model, letters, pad_token=0).generate(asked, FULL)
     tape = Tape()
     ours = taped(monkeypatch, model, tape)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert_same(ours.generate(UNEQUAL, SAMPLING), expected)
+            assert_same(ours.generate(asked, FULL), expected)
     assert tape.plays == 0
     told = [record.message for record in caplog.records if "CUDA graphs" in record.message]
     assert told == [
         "decoding without CUDA graphs: this model has none "
-        "(called a synchronizing operation: nonzero)"
+        "(called a synchronizing operation: _local_scalar_dense)"
     ]
 
 
@@ -183,24 +201,24 @@ def test_nothing_broken_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     ours = taped(monkeypatch, model, Tape())
     asked = requests((4, 2))
-    expected = ours.generate(asked, SAMPLING)
+    expected = ours.generate(asked, FULL)
     weight = model.get_input_embeddings().weight
     whole = weight.detach().clone()
     with torch.no_grad():
         weight[:] = float("nan")
     with pytest.raises(FloatingPointError, match="logits hold NaN"):
-        ours.generate(asked, SAMPLING)
+        ours.generate(asked, FULL)
     with torch.no_grad():
         weight.copy_(whole)
-    assert_same(ours.generate(asked, SAMPLING), expected)
+    assert_same(ours.generate(asked, FULL), expected)
 
 
 def test_close_frees_what_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     tape = Tape()
     ours = taped(monkeypatch, build(), tape)
-    ours.generate(requests((4, 2)), SAMPLING)
+    ours.generate(requests((4, 2)), FULL)
     before = tape.forgotten
     ours.close()
     assert tape.forgotten == before + 1
     with pytest.raises(ValueError, match="closed"):
-        ours.generate(requests((4, 2)), SAMPLING)
+        ours.generate(requests((4, 2)), FULL)

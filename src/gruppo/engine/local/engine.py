@@ -187,7 +187,10 @@ class LocalEngine:
         if self._max_cached_tokens and rows:  # more than these are never admitted together
             slots = min(slots, max(1, self._max_cached_tokens // min(row.limit for row in rows)))
         width = max((len(request.tokens) for request in requests), default=1)
-        with self._ready(model, slots, width=width, steps=max(limits, default=0)) as (store, replays):
+        with self._ready(model, slots, width=width, steps=max(limits, default=0)) as (
+            store,
+            replays,
+        ):
             drawing = Drawing(
                 model,
                 requests,
