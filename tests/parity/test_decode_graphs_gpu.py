@@ -1,4 +1,4 @@
-"""The captured decode step on a GPU: what it draws, and that it waits for the device once a turn."""
+"""The captured decode step on a GPU: what it draws; it waits for the device once a turn."""
 
 import warnings
 
