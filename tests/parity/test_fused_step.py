@@ -11,12 +11,13 @@ from transformers.models.auto import CONFIG_MAPPING
 from gruppo import native
 from gruppo.engine.local import LocalEngine
 from gruppo.engine.local.decoder import find_decoder
+from gruppo.engine.local.forward import forward
 from gruppo.engine.local.fused import FusedStep
 from gruppo.engine.local.module import generating
 from gruppo.engine.local.packed import packed_linears, plain_product
 from gruppo.engine.local.probe import can_fuse
 from gruppo.engine.local.schedule import Schedule, rows_of
-from gruppo.engine.local.shared import Drawing, forward
+from gruppo.engine.local.shared import Drawing
 from gruppo.engine.local.store import Decode, Store
 from gruppo.model import Lora, attach
 from gruppo.model.attention import adopt
@@ -90,13 +91,13 @@ def gaps(model: nn.Module, dtype: torch.dtype, rows: int, *, packed: bool) -> li
         schedule = Schedule(rows_of(asked, [12] * 4), asked, max_rows=rows)
 
         def both(tokens: Tensor, positions: Tensor, step: Decode) -> Tensor:
-            plain = forward(model, tokens[:, None], positions[:, None], step)[:, -1].double()
+            plain = forward(model, store, step, tokens[:, None], positions[:, None])[:, -1].double()
             ours = fused(tokens, positions, step)
             found.append(float((ours.double() - plain).abs().max() / plain.abs().max()))
             return ours
 
         drawing = Drawing(
-            model, asked, schedule, sampling=SAMPLING, store=store, spoken=None, step=both
+            model, asked, schedule, sampling=SAMPLING, store=store, spoken=None, advance=both
         )
         if packed:
             with packed_linears(model, kept, rows=rows, together=decoder.together) as products:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from gruppo import native
-from gruppo.engine.sampler import sample, sample_plainly
+from gruppo.engine.sampler import draw_plainly, sample
 from gruppo.types import Sampling
 
 pytestmark = pytest.mark.skipif(native.kernels() is None, reason="no C++ compiler here")
@@ -117,7 +117,7 @@ def test_drawing(settings: dict[str, float], dtype: torch.dtype) -> None:
     uniform[:40], uniform[40:80] = 0.0, 1 - 2.0**-52
     sampling = Sampling(max_tokens=1, **settings)
     token, logp = sample(logits, uniform, sampling)
-    wanted, wanted_logp = sample_plainly(logits, uniform, sampling)
+    wanted, wanted_logp, _ = draw_plainly(logits, uniform, sampling)
     # rounding at an interval's boundary: then it is the next token with mass
     same = token == wanted
     assert int((~same).sum()) <= 2
@@ -132,7 +132,7 @@ def test_broken_logits(bad: float, temperature: float, dtype: torch.dtype) -> No
     """One NaN or +inf among 300 numbers, or a row of -inf alone."""
     logits = torch.zeros(3, 300, dtype=dtype)
     logits[1, slice(None) if bad == -math.inf else 250] = bad
-    for draw in (sample, sample_plainly):
+    for draw in (sample, draw_plainly):
         with pytest.raises(FloatingPointError, match="logits hold NaN or inf"):
             draw(
                 logits,

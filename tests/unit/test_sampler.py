@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gruppo.engine.sampler import keyed_uniform, sample, stream, uniforms
+from gruppo.engine.sampler import draw_plainly, keyed_uniform, pick, sample, stream, uniforms
 from gruppo.types import Sampling
 
 PLAIN = Sampling(max_tokens=1)
@@ -224,3 +224,32 @@ def test_excluded_tokens_are_not_drawn():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf]])
     token, logp = sample(logits, torch.tensor([0.0], dtype=torch.float64), PLAIN)
     assert (token.tolist(), logp.tolist()) == ([1], [0.0])
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}]
+)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_broken_logits_are_refused_whatever_the_filter(options, bad):
+    """A row of NaN passes no filter: nothing of it is left, which is no distribution either."""
+    logits = torch.zeros(3, 300)
+    logits[1, 7] = bad
+    with pytest.raises(FloatingPointError, match="logits hold NaN or inf"):
+        sample(
+            logits, torch.full((3,), 0.5, dtype=torch.float64), Sampling(max_tokens=1, **options)
+        )
+
+
+def test_a_nucleus_beyond_the_candidates_is_told_and_drawn_exactly():
+    logits = torch.zeros(2, 2000)
+    logits[1, 3] = 30.0  # one row whose nucleus is small, one that needs 1,000 tokens
+    point = torch.tensor([0.999, 0.5], dtype=torch.float64)
+    half = Sampling(max_tokens=1, top_p=0.5)
+    quick = pick(logits, point, half)
+    assert not bool(quick.is_exact)
+    assert bool(pick(logits[1:], point[1:], half).is_exact)
+    exact = pick(logits, point, half, is_exact=True)
+    assert bool(exact.is_exact)
+    token, _, told = draw_plainly(logits, point, half)
+    assert told.token == exact.token.tolist() == token.tolist()
+    assert told.logp == exact.logp.tolist()

@@ -11,8 +11,10 @@ log-probabilities knowing of it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -128,21 +130,97 @@ def sample(
     >>> int(token), round(float(logp), 4)  # 0.3 / (0.5 + 0.3)
     (1, -0.9808)
     """
+    token, logp, _ = draw(logits, uniform, sampling)
+    return token, logp
+
+
+def draw(
+    logits: Float[Tensor, "N V"], uniform: Float[Tensor, "N"], sampling: Sampling
+) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"], Told]:
+    """As ``sample``; and the same on the host, by a compiled kernel where there is one.
+
+    Raises:
+        FloatingPointError: if a row of logits holds NaN or +inf.
+    """
     if not native.can_sample(logits):
-        return sample_plainly(logits, uniform, sampling)
+        return draw_plainly(logits, uniform, sampling)
     drawn = native.sample(logits, uniform, sampling)
     if drawn is None:
         raise FloatingPointError(_BROKEN)
-    return drawn
+    token, logp = drawn
+    return token, logp, Told(token=token.tolist(), logp=logp.tolist(), is_exact=True)
 
 
-def sample_plainly(
+def draw_plainly(
     logits: Float[Tensor, "N V"], uniform: Float[Tensor, "N"], sampling: Sampling
-) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
-    """The same as ``sample`` in torch alone: any device and type; what the kernel must equal."""
+) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"], Told]:
+    """The same in torch alone: any device and type; what the kernel must equal.
+
+    It waits for the device once (twice in the rare case that top-p needs a full sort).
+    """
+    picked = pick(logits, uniform, sampling)
+    told = picked.told()
+    if not told.is_exact:
+        picked = pick(logits, uniform, sampling, is_exact=True)
+        told = picked.told()
+    return picked.token, picked.logp, told
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pick:
+    """What was drawn, on the device, before anything is known of it on the host.
+
+    ``is_sound``: the logits held neither NaN nor +inf. ``is_exact``: the candidates looked at
+    held every nucleus. Where one of them is False, the tokens mean nothing (but are ids).
+    """
+
+    token: Int[Tensor, "N"]
+    logp: Float[Tensor, "N"]
+    is_sound: Bool[Tensor, ""]
+    is_exact: Bool[Tensor, ""]
+
+    def told(self) -> Told:
+        """All of it on the host, by one copy.
+
+        Raises:
+            FloatingPointError: the logits were not sound.
+        """
+        # float64 holds every token id and every float32 as it is
+        parts = (self.is_sound[None], self.is_exact[None], self.token, self.logp)
+        sound, exact, *rest = torch.cat([part.to(torch.float64) for part in parts]).tolist()
+        if not sound:
+            raise FloatingPointError(_BROKEN)
+        count = len(self.token)
+        return Told(
+            token=[int(token) for token in rest[:count]], logp=rest[count:], is_exact=bool(exact)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """A ``Pick`` on the host."""
+
+    token: list[int]
+    logp: list[float]
+    is_exact: bool
+
+
+def pick(
+    logits: Float[Tensor, "N V"],
+    uniform: Float[Tensor, "N"],
+    sampling: Sampling,
+    *,
+    is_exact: bool = False,
+) -> Pick:
+    """Draw as ``sample`` does, without ever waiting for the device.
+
+    ``is_exact``: look at all tokens for the nucleus (a full sort), not at the likeliest alone.
+    """
+    whole = torch.ones((), dtype=torch.bool, device=logits.device)
     if sampling.temperature == 0:
-        _require_finite(logits.amax(-1))
-        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+        sound = logits.amax(-1).isfinite().all()
+        none = torch.zeros(len(logits), device=logits.device)
+        return Pick(token=logits.argmax(-1), logp=none, is_sound=sound, is_exact=whole)
     scaled = logits.float()
     if sampling.temperature != 1:
         scaled = scaled / sampling.temperature
@@ -150,16 +228,12 @@ def sample_plainly(
     if sampling.top_k and sampling.top_k < probs.shape[-1]:
         probs = _at_least(probs, probs.topk(sampling.top_k, dim=-1).values[:, -1:])
     if sampling.top_p < 1:
-        probs = _at_least(probs, _nucleus(probs, sampling.top_p))
+        threshold, whole = _nucleus(probs, sampling.top_p, is_exact=is_exact)
+        probs = _at_least(probs, threshold)
     if sampling.min_p > 0:
         probs = _at_least(probs, sampling.min_p * probs.amax(-1, keepdim=True))
-    return _invert(probs, uniform)
-
-
-def _require_finite(row: Tensor) -> None:
-    """Refuse rows whose distribution is not one."""
-    if not bool(row.isfinite().all()):
-        raise FloatingPointError(_BROKEN)
+    token, logp, sound = _invert(probs, uniform)
+    return Pick(token=token, logp=logp, is_sound=sound, is_exact=whole)
 
 
 def _at_least(probs: Tensor, threshold: Tensor) -> Tensor:
@@ -167,38 +241,51 @@ def _at_least(probs: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(probs >= threshold, probs, 0.0)
 
 
-def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """Threshold [N, 1]: the last value of the smallest prefix whose share reaches ``top_p``."""
+def _nucleus(probs: Tensor, top_p: float, *, is_exact: bool) -> tuple[Tensor, Tensor]:
+    """Threshold [N, 1]: the last value of the smallest prefix whose share reaches ``top_p``.
+
+    And whether the values looked at reached it in every row.
+    """
     need = top_p * probs.sum(-1, keepdim=True, dtype=torch.float64)
     # A full sort of a large vocabulary costs more than a decode step of a small model; the nucleus
     # nearly always lies among the largest few hundred.
-    ranked = probs.topk(min(_CANDIDATES, probs.shape[-1]), dim=-1).values
-    reached = ranked.cumsum(-1, dtype=torch.float64)
-    if bool((reached[:, -1:] < need).any()):
+    width = probs.shape[-1]
+    if is_exact:
         ranked = probs.sort(dim=-1, descending=True).values
-        reached = ranked.cumsum(-1, dtype=torch.float64)
+    else:
+        ranked = probs.topk(min(_CANDIDATES, width), dim=-1).values
+    reached = ranked.cumsum(-1, dtype=torch.float64)
+    short = (reached[:, -1:] < need).any()
+    if ranked.shape[-1] == width:
+        short = torch.zeros_like(short)  # all there is; the rest is rounding
     last = (reached < need).sum(-1, keepdim=True).clamp(max=ranked.shape[-1] - 1)
-    return ranked.gather(-1, last)
+    return ranked.gather(-1, last), ~short
 
 
-def _invert(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def _invert(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Inverse CDF of unnormalised ``probs`` [N, V] at ``uniform`` [N], in two levels.
 
     Block sums first, then inside the one block that holds the point: a cumulative sum over the
-    whole vocabulary is slower and, in float32, biased towards its end.
+    whole vocabulary is slower and, in float32, biased towards its end. Last comes whether all rows
+    are distributions.
     """
     width = probs.shape[-1]
     blocks = F.pad(probs, (0, -width % _BLOCK)).unflatten(-1, (-1, _BLOCK))
     edges = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # [N, V / block]
     total = edges[:, -1:]
-    _require_finite(total)
     point = uniform[:, None] * total
     block = torch.searchsorted(edges, point, right=True)  # first edge beyond the point
+    # The bounds change nothing of a distribution; NaN would index beyond the end, which a GPU
+    # does not survive.
+    block = block.clamp(max=edges.shape[-1] - 1)
     before = torch.where(block > 0, edges.gather(-1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK)).squeeze(1)
     inner = inside.cumsum(-1, dtype=torch.float64)
     # Rounding may put the point at the block's end; just below it, the token found has mass.
     rest = torch.minimum(point - before, inner[:, -1:] * (1 - 2.0**-52))
     token = block * _BLOCK + torch.searchsorted(inner, rest, right=True)
+    token = token.clamp(max=width - 1)
     drawn = probs.gather(-1, token).to(torch.float64)
-    return token.squeeze(-1), (drawn.log() - total.log()).squeeze(-1).float()
+    logp = (drawn.log() - total.log()).squeeze(-1).float()
+    # a filter leaves nothing of a row of NaN
+    return token.squeeze(-1), logp, (total.isfinite() & (total > 0)).all()

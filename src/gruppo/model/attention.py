@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gruppo.model.flex import try_flex
 from gruppo.model.packing import Packing, packed_attention
 from gruppo.model.parts import causal, device_of, embedding
 
@@ -132,8 +133,7 @@ def attention(
         return options[SHARED].attend(module.layer_idx, query, rule), None
     if PACKING in options:
         packing: Packing = options[PACKING]
-        groups, window = packing.groups, rule.window
-        return packed_attention(query, key, value, groups, rule.attend, window=window), None
+        return _packed(query, key, value, packing, rule), None
     if not rule.is_plain:
         return rule.attend(query, key, value, attention_mask), None
     special = options.get("position_bias") is not None or options.get("cache") is not None
@@ -146,6 +146,26 @@ def attention(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **options
     )
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, rule: AttentionRule
+) -> Tensor:
+    """Attention over a packed row: in one kernel where that is known to be right."""
+    if rule.sinks is None:
+        mixed = try_flex(
+            query,
+            key,
+            value,
+            packing,
+            rule.attend,
+            window=rule.window,
+            softcap=rule.softcap,
+            scaling=rule.scaling,
+        )
+        if mixed is not None:
+            return mixed
+    return packed_attention(query, key, value, packing.groups, rule.attend, window=rule.window)
 
 
 def _is_shared(mask: Tensor | None) -> bool:

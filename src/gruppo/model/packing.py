@@ -12,8 +12,9 @@ a layout comes with the forward's keyword arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,12 +43,14 @@ class Packing:
     """A packed row: token ``ids``, their ``positions``, and where its groups lie.
 
     ``source`` are the positions whose hidden states predict the completion tokens, row by row.
+    ``masks`` are the block masks made for it so far, by sliding window (``flex.py``).
     """
 
     ids: Int[Tensor, "N"]
     positions: Int[Tensor, "N"]
     groups: tuple[PackedGroup, ...]
     source: Int[Tensor, "M"]
+    masks: dict[int | None, Any] = field(default_factory=dict)
 
 
 def pack(

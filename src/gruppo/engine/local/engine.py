@@ -3,14 +3,14 @@
 It shares weights with the policy by default, so sampling and training differ by rounding alone. A
 prompt is computed once for its group, whose completions share its keys and values; a completion
 that ends makes room for the next one at once. Models for which that is not possible (found out by
-trying) are drawn in plain waves. It captures no graphs.
+trying) are drawn in plain waves. On CUDA the decode step is captured and replayed (``graphs.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -26,13 +26,15 @@ from gruppo.engine.base import (
     room,
 )
 from gruppo.engine.local.batch import plan_waves
+from gruppo.engine.local.capture import capture_for
 from gruppo.engine.local.decoder import find_decoder
 from gruppo.engine.local.fused import FusedStep
+from gruppo.engine.local.graphs import Replays
 from gruppo.engine.local.module import HALF, copy_weights, generating
 from gruppo.engine.local.packed import WORTHWHILE, packed_linears, plain_product
 from gruppo.engine.local.probe import can_fuse, can_share
 from gruppo.engine.local.schedule import Row, Schedule, rows_of
-from gruppo.engine.local.shared import Drawing, Drawn, Spoken
+from gruppo.engine.local.shared import Advance, Drawing, Drawn, Spoken
 from gruppo.engine.local.store import Store
 from gruppo.engine.local.waves import Waves
 from gruppo.memory import Fitting
@@ -42,12 +44,25 @@ from gruppo.types import Completion, Request, Sampling
 _COMPUTE_DTYPES = (torch.float32, torch.float64, *HALF)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Ready:
+    """What one call draws with."""
+
+    store: Store
+    advance: Advance | None = None
+    replays: Replays | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.store.num_bytes if self.replays is None else self.replays.peak_bytes
+
+
 @final
 class LocalEngine:
     """Draws completions with a Hugging Face causal language model in this process.
 
     ``is_shared`` says whether groups share their prompt; ``peak_cache_bytes`` is the most memory
-    that keys and values took in the last call.
+    that keys and values took in the last call; on CUDA with graphs and 16-bit weights.
 
     Args:
         model: the module, with an adapter or without (shared with the policy, or the engine's
@@ -97,6 +112,8 @@ class LocalEngine:
         self._is_aborted = False
         self.is_shared = kind == "shared" and can_share(model, compute_dtype)
         self._can_fuse = self.is_shared and can_fuse(model, compute_dtype)
+        capture = capture_for(next(model.parameters()).device) if self.is_shared else None
+        self._replays = None if capture is None else Replays(capture, compute_dtype)
         self.peak_cache_bytes = 0
 
     @property
@@ -162,8 +179,10 @@ class LocalEngine:
         self._version = version
 
     def close(self) -> None:
-        """Let go of the model. Calling it twice is fine."""
+        """Let go of the model and of what was captured. Calling it twice is fine."""
         self._model = None
+        if self._replays is not None:
+            self._replays.drop()
 
     def _open(self) -> nn.Module:
         if self._model is None:
@@ -183,7 +202,32 @@ class LocalEngine:
         slots = min(max_rows, len(rows))
         if self._max_cached_tokens and rows:  # more than these are never admitted together
             slots = min(slots, max(1, self._max_cached_tokens // min(row.limit for row in rows)))
-        steps = max(limits, default=0)
+        width = max((len(request.tokens) for request in requests), default=1)
+        with self._ready(model, slots, width=width, steps=max(limits, default=0)) as ready:
+            drawing = Drawing(
+                model,
+                requests,
+                schedule,
+                sampling=sampling,
+                store=ready.store,
+                spoken=self._spoken(sampling),
+                advance=ready.advance,
+                replays=ready.replays,
+            )
+            while not (schedule.is_done or self._is_aborted):
+                drawing.turn()
+        drawing.abort()
+        self.peak_cache_bytes = ready.num_bytes
+        return drawing.drawn
+
+    @contextmanager
+    def _ready(self, model: nn.Module, slots: int, *, width: int, steps: int) -> Iterator[_Ready]:
+        """Within, the model draws in ``slots`` slots, at most ``steps`` tokens a row."""
+        replays = self._replays
+        if replays is not None and not replays.is_broken and slots:
+            with replays.ready(model, slots=slots, width=width, columns=steps) as store:
+                yield _Ready(store=store, replays=replays)
+            return
         # anew at every call: an adapter or a hook may have come
         decoder = find_decoder(model) if self._can_fuse else None
         together = decoder.together if decoder else ()
@@ -193,25 +237,10 @@ class LocalEngine:
             if steps >= WORTHWHILE
             else nullcontext(plain_product) as products,
         ):
-            store = Store(
-                text_config(model).num_hidden_layers,
-                slots=slots,
-                dtype=dtype or next(model.parameters()).dtype,
-            )
-            drawing = Drawing(
-                model,
-                requests,
-                schedule,
-                sampling=sampling,
-                store=store,
-                spoken=self._spoken(sampling),
-                step=FusedStep(decoder, products, store) if decoder else None,
-            )
-            while not (schedule.is_done or self._is_aborted):
-                drawing.turn()
-        drawing.abort()
-        self.peak_cache_bytes = store.num_bytes
-        return drawing.drawn
+            layers = text_config(model).num_hidden_layers
+            store = Store(layers, slots=slots, dtype=dtype or next(model.parameters()).dtype)
+            advance = FusedStep(decoder, products, store) if decoder else None
+            yield _Ready(store=store, advance=advance)
 
     def _plain(
         self,

@@ -19,17 +19,21 @@ def _is_single(parameter: Tensor) -> bool:
 
 
 @contextmanager
-def generating(model: nn.Module, compute_dtype: torch.dtype) -> Iterator[torch.dtype | None]:
+def generating(
+    model: nn.Module, compute_dtype: torch.dtype, *, keeps_casts: bool = True
+) -> Iterator[torch.dtype | None]:
     """Eval mode, no gradients, and one autocast context for all forwards; undone afterwards.
 
-    Yields the type in which to keep keys and values, None for whatever the model makes.
+    Without ``keeps_casts`` autocast casts weights at every use (``halves.py`` says why). Yields
+    the type in which to keep keys and values, None for whatever the model makes.
     """
     weight = next(model.parameters())
     mixed = compute_dtype in HALF and _is_single(weight)
     training = [module for module in model.modules() if module.training]
     # Autocast keeps the 16-bit copy of a weight only if the weight asks for a gradient; a frozen
     # one (under an adapter) would be cast again at every token.
-    frozen = [p for p in model.parameters() if mixed and not p.requires_grad and _is_single(p)]
+    tricked = mixed and keeps_casts
+    frozen = [p for p in model.parameters() if tricked and not p.requires_grad and _is_single(p)]
     # Within a caller's own autocast context the 16-bit copies live on: here those of the weights
     # before their last update, afterwards ours, made without a graph that training could use.
     torch.clear_autocast_cache()
@@ -37,7 +41,12 @@ def generating(model: nn.Module, compute_dtype: torch.dtype) -> Iterator[torch.d
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        with torch.no_grad(), torch.autocast(weight.device.type, compute_dtype, enabled=mixed):
+        with (
+            torch.no_grad(),
+            torch.autocast(
+                weight.device.type, compute_dtype, enabled=mixed, cache_enabled=keeps_casts
+            ),
+        ):
             yield compute_dtype if mixed else None
     finally:
         for parameter in frozen:

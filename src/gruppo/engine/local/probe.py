@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from gruppo import native
 from gruppo.engine.local.decoder import Decoder, find_decoder
+from gruppo.engine.local.forward import forward
 from gruppo.engine.local.fused import FusedStep
 from gruppo.engine.local.module import generating
 from gruppo.engine.local.packed import plain_product
 from gruppo.engine.local.schedule import Schedule, rows_of
-from gruppo.engine.local.shared import Drawing, Step, forward
+from gruppo.engine.local.shared import Advance, Drawing
 from gruppo.engine.local.store import Decode, Piece, Prefill, Store
 from gruppo.memory import is_out_of_memory
 from gruppo.model.attention import NAME
@@ -104,12 +105,12 @@ def _stepped(model: nn.Module, dtype: torch.dtype, decoder: Decoder | None) -> T
         first += len(prompt)
     ids = torch.tensor([token % config.vocab_size for prompt in _PROMPTS for token in prompt])
     at = torch.tensor([position for prompt in _PROMPTS for position in range(len(prompt))])
-    forward(model, ids[None], at[None], Prefill(store, tuple(pieces)))
+    forward(model, store, Prefill(store, tuple(pieces)), ids[None], at[None])
 
     def plain(tokens: Tensor, positions: Tensor, step: Decode) -> Tensor:
-        return forward(model, tokens[:, None], positions[:, None], step)[:, -1]
+        return forward(model, store, step, tokens[:, None], positions[:, None])[:, -1]
 
-    advance: Step = FusedStep(decoder, plain_product, store) if decoder else plain
+    advance: Advance = FusedStep(decoder, plain_product, store) if decoder else plain
     places = (0, 1, 0)
     lengths = torch.tensor([len(_PROMPTS[place]) for place in places])
     step = Decode.of(store, places, lengths, torch.zeros(3, dtype=torch.long))

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gruppo.engine.local.forward import forward
+from gruppo.engine.local.graphs import Replays
 from gruppo.engine.local.schedule import Admission, Row, Schedule
+from gruppo.engine.local.seats import Seat
 from gruppo.engine.local.store import Decode, Piece, Prefill, Store
-from gruppo.engine.sampler import sample, stream, uniforms
-from gruppo.model.attention import SHARED
+from gruppo.engine.sampler import Told, draw, stream, uniforms
 from gruppo.types import Request, Sampling
 
 PREFILL_TOKENS = 2048
@@ -27,7 +29,7 @@ PREFILL_TOKENS = 2048
 Spoken = Callable[[list[list[int]]], list[bool]]
 """Which of the rows' tokens so far end in a stop string."""
 
-Step = Callable[[Tensor, Tensor, Decode], Tensor]
+Advance = Callable[[Tensor, Tensor, Decode], Tensor]
 """Logits [N, V] after tokens [N] at positions [N], and their keys and values in the store."""
 
 
@@ -43,96 +45,102 @@ class Drawn:
 
 @final
 class Slots:
-    """The running rows' state, by slot, and the tokens they have drawn."""
+    """The running rows, by slot: on the device what draws the next token, on the host the drawn."""
 
     def __init__(self, device: torch.device) -> None:
-        def none(dtype: torch.dtype) -> Tensor:
-            return torch.empty(0, dtype=dtype, device=device)
-
-        self.stream, self.offset, self.limit = (none(torch.long) for _ in range(3))
-        self.prompt_length, self.own_length = none(torch.long), none(torch.long)
-        self.tokens, self.logp = (none(dtype)[:, None] for dtype in (torch.long, torch.float32))
+        # stream, offset, prompt_length, own_length, token
+        self._state = torch.empty((5, 0), dtype=torch.long, device=device)
+        self._limits: list[int] = []
+        self._prompts: list[int] = []
+        self._tokens: list[list[int]] = []
+        self._logp: list[list[float]] = []
 
     def __len__(self) -> int:
-        return len(self.stream)
+        return len(self._limits)
 
-    def add(self, rows: Sequence[Row], requests: Sequence[Request], *, columns: int) -> None:
-        """Append rows that have drawn nothing; at most ``columns`` tokens each."""
+    def add(self, rows: Sequence[Row], requests: Sequence[Request]) -> None:
+        """Append rows that have drawn nothing."""
         asked = [requests[row.request] for row in rows]
         fresh = [
             [stream(a.key, row.sample) for a, row in zip(asked, rows, strict=True)],
             [a.offset for a in asked],
-            [row.limit for row in rows],
             [len(a.tokens) for a in asked],
             [0] * len(rows),
+            [0] * len(rows),
         ]
-        device = self.stream.device
-        held = (self.stream, self.offset, self.limit, self.prompt_length, self.own_length)
-        self.stream, self.offset, self.limit, self.prompt_length, self.own_length = (
-            torch.cat([old, torch.tensor(new, device=device)])
-            for old, new in zip(held, fresh, strict=True)
-        )
-        shape = (len(rows), columns)
-        self.tokens = torch.cat([self._wide(self.tokens, columns), self.tokens.new_zeros(shape)])
-        self.logp = torch.cat([self._wide(self.logp, columns), self.logp.new_zeros(shape)])
+        self._state = torch.cat([self._state, torch.tensor(fresh, device=self._state.device)], 1)
+        self._limits += [row.limit for row in rows]
+        self._prompts += [len(a.tokens) for a in asked]
+        self._tokens += [[] for _ in rows]
+        self._logp += [[] for _ in rows]
+
+    @property
+    def prompt_length(self) -> Int[Tensor, "N"]:
+        """Tokens of each row's prompt."""
+        return self._state[2]
+
+    @property
+    def own_length(self) -> Int[Tensor, "N"]:
+        """Tokens drawn so far by each row."""
+        return self._state[3]
 
     def uniforms(self) -> Float[Tensor, "N"]:
         """The numbers that draw the next token of each row."""
-        return uniforms(self.stream, self.offset + self.own_length)
+        return uniforms(self._state[0], self._state[1] + self._state[3])
 
-    def write(self, token: Int[Tensor, "N"], logp: Float[Tensor, "N"]) -> None:
-        """Add one token to every row."""
-        rows = torch.arange(len(self), device=token.device)
-        self.tokens[rows, self.own_length] = token
-        self.logp[rows, self.own_length] = logp
-        self.own_length = self.own_length + 1
+    def write(self, token: Int[Tensor, "N"], told: Told) -> None:
+        """Add one token to every row, on the device and on the host."""
+        self._state[3] += 1
+        self._state[4] = token
+        for slot, (said, value) in enumerate(zip(told.token, told.logp, strict=True)):
+            self._tokens[slot].append(said)
+            self._logp[slot].append(value)
 
     def last(self) -> Int[Tensor, "N"]:
         """The token drawn last by each row."""
-        return self.tokens.gather(1, self.own_length[:, None] - 1).squeeze(1)
+        return self._state[4]
 
     def running(self) -> list[list[int]]:
         """Tokens drawn so far by each row."""
-        lengths = self.own_length.tolist()
-        return [row[:n] for row, n in zip(self.tokens.tolist(), lengths, strict=True)]
+        return self._tokens
+
+    def seats(self, places: Sequence[int]) -> list[Seat]:
+        """The rows as a step that is captured takes them; ``places`` are their prompts'."""
+        return [
+            Seat(place=place, prompt_length=prompt, own_length=len(tokens) - 1)
+            for place, prompt, tokens in zip(places, self._prompts, self._tokens, strict=True)
+        ]
+
+    def is_full(self, slot: int) -> bool:
+        """Whether the row in ``slot`` has drawn all it may."""
+        return len(self._tokens[slot]) >= self._limits[slot]
 
     def take(self, slot: int, *, stopped: bool, aborted: bool = False) -> Drawn:
         """What the row in ``slot`` has drawn."""
-        length = int(self.own_length[slot])
-        return Drawn(
-            tokens=self.tokens[slot, :length].tolist(),
-            logp=self.logp[slot, :length].tolist(),
-            stopped=stopped,
-            aborted=aborted,
-        )
+        tokens, logp = self._tokens[slot], self._logp[slot]
+        return Drawn(tokens=tokens, logp=logp, stopped=stopped, aborted=aborted)
 
     def move(self, moves: Sequence[tuple[int, int]], left: int) -> None:
         """Move rows (from, to), and keep the first ``left``."""
         keep = list(range(left))
         for source, target in moves:
             keep[target] = source
-        index = torch.tensor(keep, dtype=torch.long, device=self.stream.device)
-        self.stream, self.offset, self.limit = (
-            held[index] for held in (self.stream, self.offset, self.limit)
-        )
-        self.prompt_length, self.own_length = self.prompt_length[index], self.own_length[index]
-        self.tokens, self.logp = self.tokens[index], self.logp[index]
-
-    @staticmethod
-    def _wide(held: Tensor, columns: int) -> Tensor:
-        wide = held.new_zeros((len(held), columns))
-        wide[:, : held.shape[1]] = held
-        return wide
+        self._state = self._state[:, torch.tensor(keep, dtype=torch.long).to(self._state.device)]
+        self._limits = [self._limits[slot] for slot in keep]
+        self._prompts = [self._prompts[slot] for slot in keep]
+        self._tokens = [self._tokens[slot] for slot in keep]
+        self._logp = [self._logp[slot] for slot in keep]
 
 
 @final
 class Drawing:
     """One call of ``generate``: rows in, what they drew out.
 
-    ``step`` computes decode steps in place of the model's own forward.
+    ``advance`` computes decode steps in place of the model's own forward, ``replays`` in place of
+    both as long as it can.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what to draw, how, and what with
         self,
         model: nn.Module,
         requests: Sequence[Request],
@@ -141,10 +149,11 @@ class Drawing:
         sampling: Sampling,
         store: Store,
         spoken: Spoken | None,
-        step: Step | None = None,
+        advance: Advance | None = None,
+        replays: Replays | None = None,
     ) -> None:
         self._model = model
-        self._step = step or self._forward_step
+        self._advance = advance or self._forward_step
         self._requests = requests
         self._schedule = schedule
         self._sampling = sampling
@@ -152,8 +161,10 @@ class Drawing:
         self._spoken = spoken
         self._device = next(model.parameters()).device
         self._slots = Slots(self._device)
-        self._ends = torch.tensor(sampling.stop_tokens, dtype=torch.long, device=self._device)
+        self._ends = frozenset(sampling.stop_tokens)
         self._decode: Decode | None = None
+        self._replays = replays
+        self._is_seated = False
         self._first: dict[int, Tensor] = {}
         self.drawn: dict[Row, Drawn] = {}
 
@@ -162,14 +173,14 @@ class Drawing:
         logits = [self._next_logits()] if len(self._slots) else []
         if admitted := self._schedule.admit():
             logits.append(self._start(admitted))
-            self._decode = None
+            self._changed()
         every = torch.cat(logits) if len(logits) > 1 else logits[0]
-        token, logp = sample(every, self._slots.uniforms(), self._sampling)
-        self._slots.write(token, logp)
-        stopped = (token[:, None] == self._ends).any(-1)
+        token, _, told = draw(every, self._slots.uniforms(), self._sampling)
+        self._slots.write(token, told)
+        stopped = [said in self._ends for said in told.token]
         if self._spoken is not None:
             said = self._spoken(self._slots.running())
-            stopped |= torch.tensor(said, dtype=torch.bool, device=self._device)
+            stopped = [one or other for one, other in zip(stopped, said, strict=True)]
         self._retire(stopped)
 
     def abort(self) -> None:
@@ -177,35 +188,48 @@ class Drawing:
         for slot, row in enumerate(self._schedule.rows):
             self.drawn[row] = self._slots.take(slot, stopped=False, aborted=True)
 
-    def _retire(self, stopped: Bool[Tensor, "N"]) -> None:
+    def _retire(self, stopped: Sequence[bool]) -> None:
         """Let rows go that stopped or reached their limit."""
-        done = stopped | (self._slots.own_length >= self._slots.limit)
-        if not bool(done.any()):
+        ended = [slot for slot, stop in enumerate(stopped) if stop or self._slots.is_full(slot)]
+        if not ended:
             return
-        ended = done.nonzero().squeeze(1).tolist()
-        by_stop = stopped.tolist()
         for slot in ended:
             row = self._schedule.rows[slot]
-            self.drawn[row] = self._slots.take(slot, stopped=by_stop[slot])
+            self.drawn[row] = self._slots.take(slot, stopped=stopped[slot])
         moves = self._schedule.finish(ended)
         self._slots.move(moves, len(self._schedule.rows))
         self._store.move(moves)
+        self._changed()
+
+    def _changed(self) -> None:
+        """Other rows run than before."""
         self._decode = None
+        self._is_seated = False
 
     def _next_logits(self) -> Float[Tensor, "N V"]:
         """Logits after the last token of every running row."""
         slots = self._slots
+        if self._replays is not None:
+            logits = self._replayed(self._replays)
+            if logits is not None:
+                return logits
+            self._replays = None
         if self._decode is None:
             places = [self._schedule.place(row) for row in self._schedule.rows]
             self._decode = Decode.of(self._store, places, slots.prompt_length, slots.own_length - 1)
         else:
             self._decode.advance()
-        return self._step(slots.last(), self._decode.positions, self._decode)
+        return self._advance(slots.last(), self._decode.positions, self._decode)
+
+    def _replayed(self, replays: Replays) -> Tensor | None:
+        if not self._is_seated:
+            replays.seat(self._slots.seats([self._schedule.place(r) for r in self._schedule.rows]))
+            self._is_seated = True
+        return replays.logits(self._slots.last())
 
     def _start(self, admitted: Sequence[Admission]) -> Float[Tensor, "M V"]:
         """Compute the new rows' prompts, where they are not held yet; logits of first tokens."""
-        columns = max(self._slots.tokens.shape[1], *(a.row.limit for a in admitted))
-        self._slots.add([a.row for a in admitted], self._requests, columns=columns)
+        self._slots.add([a.row for a in admitted], self._requests)
         fresh = {a.place: self._requests[a.row.request].tokens for a in admitted if a.is_first}
         for batch in _pieces(fresh):
             self._prefill(batch, fresh)
@@ -218,39 +242,18 @@ class Drawing:
         ends = [piece.span.stop - 1 for piece in pieces]
         logits = forward(
             self._model,
+            self._store,
+            Prefill(self._store, pieces),
             tokens[None],
             torch.tensor(at, device=self._device)[None],
-            Prefill(self._store, pieces),
             keep=torch.tensor(ends, device=self._device),
         )[0]
         for piece, row in zip(pieces, logits, strict=True):
             self._first[piece.place] = row  # of the last piece in the end
 
     def _forward_step(self, tokens: Tensor, positions: Tensor, step: Decode) -> Tensor:
-        return forward(self._model, tokens[:, None], positions[:, None], step)[:, -1]
-
-
-def forward(
-    model: nn.Module,
-    tokens: Int[Tensor, "B Q"],
-    positions: Int[Tensor, "B Q"],
-    step: Prefill | Decode,
-    *,
-    keep: Tensor | int = 1,
-) -> Float[Tensor, "B K V"]:
-    """Logits at the positions to ``keep``; keys and values go where ``step`` says."""
-    step.store.step = step
-    output = model(
-        input_ids=tokens,
-        position_ids=positions,
-        # four dimensions: transformers takes it as it is, and makes no mask of its own
-        attention_mask=torch.zeros(1, 1, 1, 1, device=tokens.device),
-        past_key_values=step.store.cache,
-        use_cache=True,
-        logits_to_keep=keep,
-        **{SHARED: step},
-    )
-    return output.logits
+        model, store = self._model, self._store
+        return forward(model, store, step, tokens[:, None], positions[:, None])[:, -1]
 
 
 def _pieces(prompts: dict[int, tuple[int, ...]]) -> list[tuple[Piece, ...]]:

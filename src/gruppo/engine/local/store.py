@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -86,6 +86,12 @@ class LayerStore(CacheLayerMixin):
         buffers = (self.prompt_keys, self.prompt_values, self.own_keys, self.own_values)
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the buffers lie."""
+        buffers = (self.prompt_keys, self.prompt_values, self.own_keys, self.own_values)
+        return tuple(buffer.data_ptr() for buffer in buffers)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Not asked: the engine gives the attention mask."""
         return query_length, 0
@@ -99,6 +105,19 @@ class LayerStore(CacheLayerMixin):
         return -1
 
 
+@runtime_checkable
+class Step(Protocol):
+    """What is being computed: takes new keys and values, and attends to those that are kept."""
+
+    def write(self, layer: LayerStore, keys: Tensor, values: Tensor) -> None:
+        """Keep new keys and values of one layer."""
+        ...
+
+    def attend(self, layer_index: int, query: Tensor, rule: AttentionRule) -> Tensor:
+        """Attention [B, Q, H, E] of ``query`` [B, H, Q, D] in one layer."""
+        ...
+
+
 @final
 class Store:
     """All layers' buffers, and the step that is being computed."""
@@ -108,12 +127,17 @@ class Store:
         self.dtype = dtype
         self.layers = [LayerStore(self) for _ in range(num_layers)]
         self.cache = Cache(layers=list(self.layers))
-        self.step: Prefill | Decode = Prefill(self, ())
+        self.step: Step = Prefill(self, ())
 
     @property
     def num_bytes(self) -> int:
         """Memory of all buffers."""
         return sum(layer.num_bytes for layer in self.layers)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the buffers lie; growing moves them."""
+        return tuple(address for layer in self.layers for address in layer.addresses)
 
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Move running rows from slot to slot: (from, to)."""
