@@ -5,5 +5,13 @@ Each has an equal in plain torch, which is used where no compiler is found.
 
 from gruppo.native.attention import decode_attention, is_supported
 from gruppo.native.compiled import kernels
+from gruppo.native.softmax import has_softmax, pick, pick_gradient_
 
-__all__ = ["decode_attention", "is_supported", "kernels"]
+__all__ = [
+    "decode_attention",
+    "has_softmax",
+    "is_supported",
+    "kernels",
+    "pick",
+    "pick_gradient_",
+]
