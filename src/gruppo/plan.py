@@ -112,6 +112,7 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
         lora=model.lora,
         compute=compute,
         gradient_checkpointing=model.gradient_checkpointing,
+        thrift=model.device == "cpu",
     )
     needs_reference = recipe.objective.build(max_tokens=rollout.max_tokens).needs_reference
     copied = needs_reference and (model.lora is None or recipe.train.reference_sync_steps > 0)

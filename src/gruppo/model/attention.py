@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from gruppo.model.packing import Packing, packed_attention
 from gruppo.model.parts import causal, device_of, embedding
+from gruppo.model.segments import can_merge, merged_attention
 
 NAME = "gruppo"
 PACKING = "gruppo_packing"
@@ -133,6 +134,8 @@ def attention(
     if PACKING in options:
         packing: Packing = options[PACKING]
         groups, window = packing.groups, rule.window
+        if rule.is_plain and window is None and can_merge(query, key, value):
+            return merged_attention(query, key, value, packing.parts, scaling=scaling), None
         return packed_attention(query, key, value, groups, rule.attend, window=window), None
     if not rule.is_plain:
         return rule.attend(query, key, value, attention_mask), None
