@@ -92,7 +92,7 @@ def test_softmax_in_value_and_gradient(rows: int, width: int, scale: float) -> N
             grad_logp=given[0],
             grad_entropy=given[1] if used else None,
         )
-        assert (made - gradient).abs().max() < 3e-6 * max(1.0, scale)
+        assert (made - gradient).abs().max() < 2e-6 + 4e-7 * float(lse.abs().max())
 
 
 @needs_kernels

@@ -31,7 +31,9 @@ def test_merged_equals_gathered(dtype, bound, scaling):
         merged_attention(query, key, value, packing.parts, scaling=scaling),
         packed_attention(query, key, value, packing.groups, rule.attend),
     ):
-        found.append([out.detach(), *torch.autograd.grad((out * weights).sum(), [query, key, value])])
+        found.append(
+            [out.detach(), *torch.autograd.grad((out * weights).sum(), [query, key, value])]
+        )
     for mine, other in zip(*found, strict=True):
         assert (mine - other).abs().max() <= bound * max(1.0, float(other.abs().max()))
 

@@ -6,7 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gruppo import plan
 from gruppo.engine import LocalEngine
-from gruppo.model import Lora, attach, load
+from gruppo.model import Lora, attach, fused, load
 from gruppo.model.footprint import Shape, footprint
 from gruppo.model.logprob import packed_states
 from gruppo.recipe import load as load_recipe
@@ -86,6 +86,15 @@ def test_the_largest_micro_batch_fits_the_budget(tiny_folder):
     assert plan._groups(recipe(tiny_folder, "train.tokens_per_microbatch=120"), 10) == [4, 1]
     assert plan._groups(recipe(tiny_folder, "train.tokens_per_microbatch=1"), 10) == [1]
     assert plan._groups(recipe(tiny_folder, "train.tokens_per_microbatch=9999"), 10) == [4, 4, 4]
+
+
+def test_the_head_keeps_logits_up_to_its_budget(tiny_folder, monkeypatch):
+    """Eight completions of 20 tokens: 160 positions of 258 logits, and the gradient of the head."""
+    trained = 258 * 32 * 4
+    assert plan.memory(recipe(tiny_folder), prompt_tokens=10).head == 160 * 258 * 4 + trained
+    monkeypatch.setattr(fused, "KEPT_BYTES", 100)
+    monkeypatch.setattr(plan, "_CHUNK", 32)
+    assert plan.memory(recipe(tiny_folder), prompt_tokens=10).head == 32 * 258 * 4 + trained
 
 
 def test_parts_follow_the_recipe(tiny_folder):

@@ -104,5 +104,6 @@ def test_the_footprint_is_what_stays_alive(tiny_folder, thrift):
         else:
             states = packed_states(model, packing)
     found = footprint(str(tiny_folder), shape, thrift=thrift)
-    given = packing.ids.nbytes + packing.source.nbytes  # kept too, but made before
-    assert found.saved == given + alive.without(states, *model.parameters())
+    given = [packing.ids, packing.source]  # kept too, but made before
+    made = alive.without(states, packing.positions, *given, *model.parameters())
+    assert found.saved == made + sum(tensor.nbytes for tensor in given)

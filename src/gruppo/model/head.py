@@ -1,7 +1,7 @@
-"""From hidden states to log-probabilities of given tokens, without keeping the logits.
+"""From hidden states to log-probabilities of given tokens, without all logits at once.
 
 The projection to the vocabulary is done for a chunk of positions at a time, forward and backward,
-so that memory is O(chunk x vocabulary) whatever the number of positions. Which positions to score
+so that memory is bounded whatever the number of positions (``fused.py``). Which positions to score
 is the business of ``logprob.py``.
 """
 

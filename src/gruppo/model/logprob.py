@@ -65,7 +65,8 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
         entropy: Whether to compute entropies too.
         packed: Compute each prompt once for its neighbouring rows. Only for models for which
             :func:`can_pack` holds.
-        chunk: Positions projected to the vocabulary at once (memory: chunk x V floats, thrice).
+        chunk: Positions projected to the vocabulary at once (memory: chunk x V floats, and the
+            logits that ``fused.py`` keeps).
 
     Returns:
         float32 tensors [B, T] (float64 for a float64 model) on the model's device.
