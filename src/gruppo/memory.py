@@ -6,9 +6,12 @@ model; what is done with a portion, and how half-done work is undone, its caller
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
+import platform
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Final, TypeVar, final
 
 import torch
@@ -122,8 +125,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
+def release_heap() -> None:
+    """Give pages that hold nothing back to the system, where the C library can be told to.
+
+    glibc keeps freed memory for later. Phases of a step ask for pieces of other sizes, so what one
+    of them leaves in holes would only add to the next one's peak.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return ctypes.CDLL(None).malloc_trim if platform.libc_ver()[0] == "glibc" else None
+
+
 def _give_back() -> None:
     """Free what the failed attempt left behind."""
     gc.collect()
+    release_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

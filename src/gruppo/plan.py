@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from gruppo.model.footprint import Footprint, Shape, footprint
+from gruppo.model.fused import kept_positions
 from gruppo.recipe import Recipe
 from gruppo.recipe.build import pin
 from gruppo.recipe.problems import USUAL_PROMPT
@@ -112,6 +113,7 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
         lora=model.lora,
         compute=compute,
         gradient_checkpointing=model.gradient_checkpointing,
+        thrift=model.device == "cpu",
     )
     needs_reference = recipe.objective.build(max_tokens=rollout.max_tokens).needs_reference
     copied = needs_reference and (model.lora is None or recipe.train.reference_sync_steps > 0)
@@ -122,7 +124,7 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
         moments=2 * found.trainable,
         reference=found.weights if copied else 0,
         activations=found.saved,
-        head=_head(found),
+        head=_head(found, sum(groups) * rollout.max_tokens, cpu=model.device == "cpu"),
         cache=_cache(recipe, found, length),
         packed=found.linears if model.device == "cpu" else 0,
         drawing=_rows(recipe) * found.vocabulary * _DRAW,
@@ -156,9 +158,13 @@ def _cache(recipe: Recipe, found: Footprint, prompt: int) -> int:
     return (rows * columns + -(-rows // size) * prompt) * found.cache_per_token
 
 
-def _head(found: Footprint) -> int:
-    """A chunk's logits, their softmax and gradient, and the head's gradient before it is added."""
-    return 3 * _CHUNK * found.vocabulary + (found.head if found.trainable >= found.head else 0)
+def _head(found: Footprint, positions: int, *, cpu: bool) -> int:
+    """Logits that are kept, a chunk of others, and the head's gradient before it is added."""
+    kept = kept_positions(positions, _CHUNK, found.vocabulary)
+    # elsewhere than on a CPU the softmax is a tensor beside the logits
+    made = (kept < positions) + (not cpu)
+    trained = found.trainable >= found.head
+    return (kept + made * _CHUNK) * found.vocabulary + (found.head if trained else 0)
 
 
 def _resident() -> int:

@@ -19,7 +19,7 @@ from gruppo.diagnose import data_metrics, language_metrics, step_metrics
 from gruppo.errors import NumericError, OutOfMemory, ServiceError
 from gruppo.evaluate import Evaluation, Evaluator
 from gruppo.interrupt import Interrupted, Interrupts
-from gruppo.memory import Fitting
+from gruppo.memory import Fitting, release_heap
 from gruppo.objective import Coefficients, Objective
 from gruppo.policy import Policy
 from gruppo.rollout import Collected, Rollouts, tensorise
@@ -179,6 +179,7 @@ def iterate(run: Run, state: TrainState) -> Iteration:
     how = run.settings.update(skip_dead=skip_dead)
 
     collected = run.rollouts.collect()
+    release_heap()
     rollout = tensorise(
         collected.groups,
         run.rollouts.reward,

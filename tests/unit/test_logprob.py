@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gruppo.model import Scored, completion_logp
-from gruppo.model.head import LogitRule, token_logp
+from gruppo.model.head import token_logp
+from gruppo.model.rule import LogitRule
 from gruppo.model.source import checkpoint_activations, prepare_model
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]

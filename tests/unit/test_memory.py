@@ -1,6 +1,9 @@
 """Out of memory: smaller portions, the same results, told once."""
 
 import logging
+import os
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from gruppo.engine import LocalEngine
 from gruppo.errors import OutOfMemory
-from gruppo.memory import Fitting, is_out_of_memory
+from gruppo.memory import Fitting, is_out_of_memory, release_heap
 from gruppo.metric import reduce
 from gruppo.policy import Policy
 from gruppo.settings import UpdateSettings
@@ -47,6 +50,24 @@ def test_portions_are_halved_until_they_fit_and_stay_so(caplog):
 def test_what_never_fits_says_what_to_change():
     with pytest.raises(OutOfMemory, match=r"with some\.setting = 4, and less would not help"):
         Fitting("some.setting").do(refusing(0, []), 9, total=9, least=4)
+
+
+def resident() -> int:
+    """Bytes of this process."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps what was freed")
+def test_holes_in_the_heap_are_given_back():
+    """128 MiB in small pieces, of which every hundredth stays."""
+    pieces = [torch.ones(2**14) for _ in range(2**11)]
+    kept = pieces[::100]
+    del pieces
+    before = resident()
+    release_heap()
+    assert before - resident() > 100 * 2**20
+    assert all(int(piece.sum()) == 2**14 for piece in kept)
 
 
 def test_other_errors_pass():

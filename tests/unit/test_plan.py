@@ -6,7 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gruppo import plan
 from gruppo.engine import LocalEngine
-from gruppo.model import Lora, attach, load
+from gruppo.model import Lora, attach, fused, load
 from gruppo.model.footprint import Shape, footprint
 from gruppo.model.logprob import packed_states
 from gruppo.recipe import load as load_recipe
@@ -14,7 +14,7 @@ from gruppo.types import Request, Sampling
 
 
 def really_saved(model, shape: Shape, dtype) -> int:
-    """Bytes that autograd keeps of a real forward of the same packed row."""
+    """Bytes that autograd keeps of a real forward of the same packed row, without thrift."""
     packing = shape.packed()
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -36,7 +36,7 @@ def really_saved(model, shape: Shape, dtype) -> int:
 @pytest.mark.parametrize("lora", [None, Lora(rank=4)])
 def test_saved_activations_are_those_of_a_real_forward(tiny_folder, dtype, lora):
     shape = Shape(prompts=[9, 4], group=3, completion=6)
-    found = footprint(str(tiny_folder), shape, compute=dtype, lora=lora)
+    found = footprint(str(tiny_folder), shape, compute=dtype, lora=lora, thrift=False)
     model = load(str(tiny_folder)).model
     if lora is not None:
         model = attach(model, lora, compute_dtype=dtype)
@@ -86,6 +86,15 @@ def test_the_largest_micro_batch_fits_the_budget(tiny_folder):
     assert plan._groups(recipe(tiny_folder, "train.tokens_per_microbatch=120"), 10) == [4, 1]
     assert plan._groups(recipe(tiny_folder, "train.tokens_per_microbatch=1"), 10) == [1]
     assert plan._groups(recipe(tiny_folder, "train.tokens_per_microbatch=9999"), 10) == [4, 4, 4]
+
+
+def test_the_head_keeps_logits_up_to_its_budget(tiny_folder, monkeypatch):
+    """Eight completions of 20 tokens: 160 positions of 258 logits, and the gradient of the head."""
+    trained = 258 * 32 * 4
+    assert plan.memory(recipe(tiny_folder), prompt_tokens=10).head == 160 * 258 * 4 + trained
+    monkeypatch.setattr(fused, "KEPT_BYTES", 100)
+    monkeypatch.setattr(plan, "_CHUNK", 32)
+    assert plan.memory(recipe(tiny_folder), prompt_tokens=10).head == 32 * 258 * 4 + trained
 
 
 def test_parts_follow_the_recipe(tiny_folder):

@@ -16,6 +16,7 @@ import torch
 from gruppo.bench.machine import peak_gib, wait, watching
 from gruppo.bench.work import Work, device_of
 from gruppo.engine import LocalEngine
+from gruppo.memory import release_heap
 from gruppo.model import Encoder, Loaded, compute_dtype, end_ids, faster_products, load
 from gruppo.model.parts import causal, embedding
 from gruppo.objective import PRESETS, KLNaive, KLTerm, Objective
@@ -124,6 +125,7 @@ class _Bench:
         settings = UpdateSettings(tokens_per_microbatch=work.tokens_per_microbatch, skip_dead=False)
         with self._phase("sampling"):
             groups = self._draw(prompts, work.max_tokens, first, work.group)
+            release_heap()
         batch = _rollout(prompts, groups)
         if work.beta:
             with self._phase("reference"):

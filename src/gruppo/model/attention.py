@@ -28,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 from gruppo.model.flex import try_flex
 from gruppo.model.packing import Packing, packed_attention
 from gruppo.model.parts import causal, device_of, embedding
+from gruppo.model.segments import can_merge, merged_attention
 
 NAME = "gruppo"
 PACKING = "gruppo_packing"
@@ -151,7 +152,9 @@ def attention(
 def _packed(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, rule: AttentionRule
 ) -> Tensor:
-    """Attention over a packed row: in one kernel where that is known to be right."""
+    """Attention over a packed row: in few kernels where they are known to be right."""
+    if rule.is_plain and rule.window is None and can_merge(query, key, value):
+        return merged_attention(query, key, value, packing.parts, scaling=rule.scaling)
     if rule.sinks is None:
         mixed = try_flex(
             query,

@@ -22,6 +22,7 @@ from gruppo.model.logprob import packed_states
 from gruppo.model.packing import Packing, pack
 from gruppo.model.parts import causal, embedding, text_config
 from gruppo.model.source import checkpoint_activations, locate, quiet
+from gruppo.model.thrift import remade
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +73,11 @@ def footprint(
     lora: Lora | None = None,
     compute: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
+    thrift: bool = True,
 ) -> Footprint:
     """Count for a forward of ``shape`` through the model ``name``.
+
+    ``thrift``: what ``thrift.py`` makes again is not counted (it acts on a CPU).
 
     Raises:
         ValueError, OSError: the model's configuration cannot be had.
@@ -92,7 +96,7 @@ def footprint(
         weights = {_key(p): p for p in model.parameters()}
 
         def keep(tensor: Tensor) -> Tensor:
-            if _key(tensor) not in weights:
+            if _key(tensor) not in weights and not (thrift and remade(tensor)):
                 saved[_key(tensor)] = tensor.untyped_storage().nbytes()
             return tensor
 

@@ -8,6 +8,7 @@ the reference and the current policy. It draws nothing and knows no loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from gruppo.model.attention import NAME, PACKING
 from gruppo.model.head import logit_rule, token_logp
 from gruppo.model.packing import Packing, pack
 from gruppo.model.parts import body, causal, device_of, embedding, head
+from gruppo.model.thrift import thrifty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +65,8 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
         entropy: Whether to compute entropies too.
         packed: Compute each prompt once for its neighbouring rows. Only for models for which
             :func:`can_pack` holds.
-        chunk: Positions projected to the vocabulary at once (memory: chunk x V floats, thrice).
+        chunk: Positions projected to the vocabulary at once (memory: chunk x V floats, and the
+            logits that ``fused.py`` keeps).
 
     Returns:
         float32 tensors [B, T] (float64 for a float64 model) on the model's device.
@@ -75,7 +78,8 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
     device = device_of(model)
     counts = _checked(prompts, tokens, length)
     valid = (torch.arange(tokens.shape[1]) < torch.tensor(counts)[:, None]).to(device)
-    states = (_packed_states if packed else _plain_states)(model, prompts, tokens, counts)
+    with thrifty() if device.type == "cpu" else nullcontext():
+        states = (_packed_states if packed else _plain_states)(model, prompts, tokens, counts)
     logp, spread = token_logp(
         head(model),
         states,

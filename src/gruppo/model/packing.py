@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gruppo.model.segments import Part
+
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(query [B, H, Q, D], key [B, K, S, D], value [B, K, S, E], mask [B, 1, Q, S]) to [B, Q, H, E]."""
 
@@ -44,12 +46,14 @@ class Packing:
 
     ``source`` are the positions whose hidden states predict the completion tokens, row by row.
     ``masks`` are the block masks made for it so far, by sliding window (``flex.py``).
+    ``parts`` say the same as ``groups``: which positions attend to which.
     """
 
     ids: Int[Tensor, "N"]
     positions: Int[Tensor, "N"]
     groups: tuple[PackedGroup, ...]
     source: Int[Tensor, "M"]
+    parts: tuple[Part, ...]
     masks: dict[int | None, Any] = field(default_factory=dict)
 
 
@@ -74,6 +78,7 @@ def pack(
     positions: list[int] = []
     groups: list[PackedGroup] = []
     source: list[int] = []
+    parts: list[Part] = []
     for prompt, rows in _runs(prompts):
         start = len(ids)
         ids += prompt
@@ -87,12 +92,22 @@ def pack(
             ids += tokens[row, :read].tolist()
             positions += range(len(prompt), len(prompt) + read)
         groups.append(_group(start, stop, spans, device))
+        parts += _parts(slice(start, stop), spans)
     return Packing(
         ids=torch.tensor(ids, device=device),
         positions=torch.tensor(positions, device=device),
         groups=tuple(groups),
         source=torch.tensor(source, dtype=torch.long, device=device),
+        parts=tuple(parts),
     )
+
+
+def _parts(prompt: slice, spans: list[tuple[int, int]]) -> list[Part]:
+    """The prompt alone, each completion alone, and all completions over the prompt."""
+    alone = [prompt, *(slice(first, first + read) for first, read in spans if read)]
+    parts = [Part(here, here, causal=True) for here in alone]
+    everything = slice(prompt.stop, alone[-1].stop)
+    return [*parts, Part(everything, prompt, causal=False)] if len(alone) > 1 else parts
 
 
 def _runs(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], list[int]]]:

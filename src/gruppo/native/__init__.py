@@ -7,13 +7,17 @@ from gruppo.native.attention import decode_attention, is_supported
 from gruppo.native.compiled import kernels
 from gruppo.native.layer import add_norm, rotate_and_keep, swiglu
 from gruppo.native.sampling import can_sample, sample
+from gruppo.native.softmax import has_softmax, pick, pick_gradient_
 
 __all__ = [
     "add_norm",
     "can_sample",
     "decode_attention",
+    "has_softmax",
     "is_supported",
     "kernels",
+    "pick",
+    "pick_gradient_",
     "rotate_and_keep",
     "sample",
     "swiglu",

@@ -1,0 +1,75 @@
+"""What autograd keeps of a forward pass, less what is cheap to make again.
+
+Norms and gated activations are chains of products and nonlinearities of which autograd keeps every
+link: of ``silu(gate) * up`` four tensors, where ``gate`` and ``up`` are enough. Inside
+:func:`thrifty`, a tensor that such an operation has made of tensors which are kept anyway is not
+kept but made again by the same operation: gradients stay the same to the bit. It reads what
+autograd knows, whatever the model. Results of matrix products are never made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, saved_tensors_hooks
+
+_SAME_ORDER: Final = frozenset({"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"})
+_HELD: Final = 2  # newest results: the links of one chain, and what q, k and v share
+# Operations, and how each is done again with what its node keeps.
+_MAKERS: Final[dict[str, Callable[[Any], Tensor]]] = {
+    "MulBackward0": lambda node: node._saved_self * node._saved_other,
+    "SiluBackward0": lambda node: torch.nn.functional.silu(node._saved_self),
+    "GeluBackward0": lambda node: torch.nn.functional.gelu(
+        node._saved_self, approximate=node._saved_approximate
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Remade:
+    """A tensor that is not kept: the operation that makes it, and the shape that is looked at."""
+
+    node: Node
+    shape: torch.Size
+
+
+def remade(tensor: Tensor) -> Remade | None:
+    """How ``tensor`` can be made again of what its operation keeps; None if it must be kept."""
+    node = tensor.grad_fn
+    while node is not None and node.name() in _SAME_ORDER:
+        node = node.next_functions[0][0]
+    if node is None or node.name() not in _MAKERS or not tensor.is_contiguous():
+        return None
+    # of a product each factor is kept only if the other one wants a gradient
+    if any(source is None for source, _ in node.next_functions):
+        return None
+    return Remade(node, tensor.shape)
+
+
+@contextmanager
+def thrifty() -> Iterator[None]:
+    """Inside, a forward pass keeps less for its backward pass."""
+    held: list[tuple[Node, Tensor]] = []
+
+    def pack(tensor: Tensor) -> Tensor | Remade:
+        found = remade(tensor)
+        return tensor if found is None else found
+
+    def unpack(kept: Tensor | Remade) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        for node, result in held:
+            if node is kept.node:
+                return result.view(kept.shape)
+        made = _MAKERS[kept.node.name()](kept.node)
+        held.append((kept.node, made))
+        del held[:-_HELD]
+        return made.view(kept.shape)
+
+    with saved_tensors_hooks(pack, unpack):
+        yield

@@ -1,0 +1,57 @@
+"""Attention merged of parts equals attention over all keys at once, in value and gradient."""
+
+import pytest
+import torch
+
+from gruppo.model.attention import AttentionRule
+from gruppo.model.packing import pack, packed_attention
+from gruppo.model.segments import Part, can_merge, merged_attention
+
+PROMPTS = [(1, 2, 3, 4, 5)] * 3 + [(6,)] * 2 + [(7, 8)]
+COUNTS = [6, 1, 4, 3, 0, 1]
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 3e-6), (torch.bfloat16, 3e-2)]
+)
+def test_merged_equals_gathered(dtype, bound, scaling):
+    """Groups of ragged completions, empty ones too; 6 query heads on 2 key heads."""
+    torch.manual_seed(0)
+    packing = pack(PROMPTS, torch.zeros(6, 6, dtype=torch.long), COUNTS)
+    total = len(packing.ids)
+    query, key, value = (
+        torch.randn(1, total, heads, 16, dtype=dtype).transpose(1, 2).requires_grad_()
+        for heads in (6, 2, 2)
+    )
+    weights = torch.randn(1, total, 6, 16, dtype=dtype)
+    rule = AttentionRule(scaling=scaling)
+    found = []
+    for out in (
+        merged_attention(query, key, value, packing.parts, scaling=scaling),
+        packed_attention(query, key, value, packing.groups, rule.attend),
+    ):
+        found.append(
+            [out.detach(), *torch.autograd.grad((out * weights).sum(), [query, key, value])]
+        )
+    for mine, other in zip(*found, strict=True):
+        assert (mine - other).abs().max() <= bound * max(1.0, float(other.abs().max()))
+
+
+def test_parts_of_two_groups():
+    """Prompts of 2 and 1 tokens; the last token of a completion is not read."""
+    packing = pack([(1, 2), (1, 2), (3,), (3,)], torch.zeros(4, 4, dtype=torch.long), [4, 2, 1, 0])
+    assert packing.parts == (
+        Part(slice(0, 2), slice(0, 2), causal=True),
+        Part(slice(2, 5), slice(2, 5), causal=True),
+        Part(slice(5, 6), slice(5, 6), causal=True),
+        Part(slice(2, 6), slice(0, 2), causal=False),
+        Part(slice(6, 7), slice(6, 7), causal=True),
+    )
+
+
+def test_values_of_another_width_are_not_merged():
+    query, value = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 5)
+    assert can_merge(query, query, query)
+    assert not can_merge(query, query, value)
+    assert not can_merge(query.mT.contiguous().mT, query, query)
