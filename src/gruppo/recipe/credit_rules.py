@@ -83,12 +83,23 @@ def _not_binary(reward: Any, rollout: Any) -> Iterator[Mistake]:
             yield mistake(f"{path}.weight", f"{reason}; use 1.0", part.weight)
         elif part.minimum not in (-1, 0, 1):
             yield mistake(f"{path}.minimum", f"{reason}; use 0.0", part.minimum)
+        yield from _changed(part, path, reason)
     if rollout.truncation == "penalty" and rollout.truncation_penalty not in (-1, 0, 1):
         yield mistake(
             "rollout.truncation_penalty",
             f'{reason}; use truncation = "zero_reward"',
             rollout.truncation_penalty,
         )
+
+
+def _changed(part: Any, path: str, reason: str) -> Iterator[Mistake]:
+    """What makes other numbers than 0 and 1 of a task that gives those."""
+    if part.ramp is not None:
+        yield mistake(f"{path}.ramp", f"{reason}; leave it out", part.ramp)
+    if part.clip is not None:
+        yield mistake(f"{path}.clip", f"{reason}; leave it out", part.clip)
+    if part.gate is not None and part.gate.otherwise not in (None, -1, 0, 1):
+        yield mistake(f"{path}.gate.otherwise", f"{reason}; use 0.0", part.gate.otherwise)
 
 
 def _negative(reward: Any, rollout: Any) -> Iterator[Mistake]:
@@ -103,6 +114,10 @@ def _negative(reward: Any, rollout: Any) -> Iterator[Mistake]:
                 yield mistake(f"{path}.weight", f"{reason}; {fix}", part.weight)
             elif part.weight * part.minimum < 0:
                 yield mistake(f"{path}.minimum", f"{reason}; {fix}", part.minimum)
+            if part.ramp is not None and part.ramp.to < 0:
+                yield mistake(f"{path}.ramp.to", f"{reason}; {fix}", part.ramp.to)
+            if part.gate is not None and part.weight * (part.gate.otherwise or 0.0) < 0:
+                yield mistake(f"{path}.gate.otherwise", f"{reason}; {fix}", part.gate.otherwise)
     if rollout.truncation == "penalty" and rollout.truncation_penalty < 0:
         yield mistake(
             "rollout.truncation_penalty",

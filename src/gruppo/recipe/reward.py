@@ -1,8 +1,8 @@
 """The ``[reward]`` section: named parts, of which one is the task metric.
 
-A part is one flat table: ``name``, ``kind``, the reward's own keys, and ``weight``, ``minimum``
-and ``shape`` as in ``gruppo.reward.Part``. A reward function of one's own is
-``kind = "function", function = "package.module:NAME"``, or for short ``kind`` itself names it.
+A part is one flat table: ``name``, ``kind``, the reward's own keys, and ``weight``, ``minimum``,
+``shape``, ``clip``, ``gate`` and ``ramp`` as in ``gruppo.reward.Part``. A reward function of your
+own is ``kind = "function", function = "package.module:NAME"``; for short, ``kind`` itself names it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from gruppo.recipe.widen import Wide, one_of
-from gruppo.reward import KINDS, SHAPE_KINDS, Function, Part, RewardSet
+from gruppo.reward import KINDS, SHAPE_KINDS, Function, Gate, Part, Ramp, RewardSet
 
 AUTO: Final = "auto"
 OFF: Final = "none"
@@ -26,6 +26,9 @@ def _wide(kind: str) -> Wide:
             "weight": (float, 1.0),
             "minimum": (float, 0.0),
             "shape": (bool, kind in SHAPE_KINDS),
+            "clip": (tuple[float, float] | None, None),
+            "gate": (Gate | None, None),
+            "ramp": (Ramp | None, None),
         },
         renamed={"name": "function"} if KINDS[kind] is Function else {},
         optional=("max_tokens",),  # of a length term: the rollout's, unless another is given

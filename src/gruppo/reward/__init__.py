@@ -19,6 +19,7 @@ from gruppo.reward.countdown import Countdown
 from gruppo.reward.language import LanguageConsistency
 from gruppo.reward.layout import Format, OpenR1Format, ReasoningSteps, TagCount
 from gruppo.reward.math_answer import Math
+from gruppo.reward.part import Gate, Ramp
 from gruppo.reward.regex import Regex
 from gruppo.reward.shape import (
     CosineLength,
@@ -60,6 +61,7 @@ __all__ = [
     "Exact",
     "Format",
     "Function",
+    "Gate",
     "InProcess",
     "KimiLength",
     "LanguageConsistency",
@@ -68,6 +70,7 @@ __all__ = [
     "Number",
     "OpenR1Format",
     "Part",
+    "Ramp",
     "Random",
     "ReasoningSteps",
     "Regex",
