@@ -316,7 +316,8 @@ def test_a_judge_with_the_reference():
 def recipe(tmp_path, part):
     file = tmp_path / "r.toml"
     file.write_text(
-        '[model]\nname = "x/y"\n[data]\nheld_out = 1\n[[data.train]]\nkind = "task"\nname = "countdown"\n'
+        '[model]\nname = "x/y"\n[data]\nheld_out = 1\n'
+        '[[data.train]]\nkind = "task"\nname = "countdown"\n'
         f'[reward]\nanswer_template = "none"\n[[reward.parts]]\nname = "part"\n{part}'
     )
     return load(str(file))
