@@ -28,7 +28,7 @@ class _Quiet(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def handle_error(self, request, client_address):
+    def handle_error(self, *args):
         """A client that hung up is what many tests do."""
 
 

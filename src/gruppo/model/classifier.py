@@ -75,7 +75,7 @@ def load_classifier(
     return Classifier(
         model=model,
         tokenizer=tokenizer,
-        num_labels=int(config.num_labels),
+        num_labels=int(config.num_labels or 1),
         context=context_length(model),
     )
 

@@ -233,7 +233,10 @@ def pairs(rows: Sequence[int], settings: Pairwise) -> list[tuple[int, int]]:
 
 
 def _graded(
-    rows: list[list[Question | Value]], model: GradingModel, service: Service, form: Grade | Choice
+    rows: Sequence[Sequence[Question | Value]],
+    model: GradingModel,
+    service: Service,
+    form: Grade | Choice,
 ) -> list[list[Value]]:
     """Put the questions among ``rows``, and their numbers (or failures) in their place."""
     questions = list(dict.fromkeys(q for row in rows for q in row if isinstance(q, Question)))
