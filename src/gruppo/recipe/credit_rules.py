@@ -32,7 +32,7 @@ def find_unread(reward: Any, rollout: Any, objective: Any) -> Iterator[Mistake]:
         fix = 'use "mask_after" or "exclude_before"'
         yield mistake("rollout.truncation", f"{reason}; {fix}", rollout.truncation)
     for part in reward.parts:
-        if part.shape and part.weight != 0:
+        if part.shape and _counts(part):
             fix = "set shape = false, where its kind allows that, or leave it out"
             path = f"reward.parts.{part.name}"
             yield mistake(path, f"{reason}, and this one only shapes; {fix}")
@@ -75,7 +75,7 @@ def _not_binary(reward: Any, rollout: Any) -> Iterator[Mistake]:
     for part in reward.parts:
         path = f"reward.parts.{part.name}"
         added = part.shape or (part.name not in tasks and reward.clip_range is None)
-        if part.weight == 0:
+        if not _counts(part):
             continue
         if added:
             yield mistake(path, f"is added to the task's reward and {reason}; leave it out")
@@ -90,6 +90,11 @@ def _not_binary(reward: Any, rollout: Any) -> Iterator[Mistake]:
             f'{reason}; use truncation = "zero_reward"',
             rollout.truncation_penalty,
         )
+
+
+def _counts(part: Any) -> bool:
+    """Whether the part's weight is, or comes to be, other than 0."""
+    return part.weight != 0 or part.ramp is not None
 
 
 def _changed(part: Any, path: str, reason: str) -> Iterator[Mistake]:
@@ -108,7 +113,7 @@ def _negative(reward: Any, rollout: Any) -> Iterator[Mistake]:
         fix = "leave it out, or set reward.clip_range = [0.0, 1.0]"
         for part in reward.parts:
             path = f"reward.parts.{part.name}"
-            if part.weight != 0 and part.kind in SHAPE_KINDS:
+            if _counts(part) and part.kind in SHAPE_KINDS:
                 yield mistake(path, f"{reason}; {fix}")
             elif part.weight < 0:
                 yield mistake(f"{path}.weight", f"{reason}; {fix}", part.weight)
