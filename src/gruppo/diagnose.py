@@ -191,6 +191,27 @@ def language_metrics(groups: Sequence[Group], parts: Sequence[Part]) -> dict[str
     return {"lang/consistency": sum(values) / len(values) if values else math.nan}
 
 
+def composition_metrics(
+    groups: Sequence[Group], parts: Sequence[Part], *, step: int
+) -> dict[str, float]:
+    """What ranges, gates and ramps of the reward do: mean of what counts, share changed, weight.
+
+    Parts without any have no entry: their raw mean and constant weight say all.
+    """
+    scores = [score for group in groups for score in group.scores]
+    metrics: dict[str, float] = {}
+    for part in parts:
+        name = part.name
+        if part.clip is not None or part.gate is not None:
+            values = [score.counting(name) for score in scores]
+            known = [value for value in values if value is not None]
+            metrics[f"reward/{name}_counted_mean"] = sum(known) / len(known) if known else math.nan
+            metrics[f"reward/{name}_changed_frac"] = _share(name in s.counted for s in scores)
+        if part.ramp is not None:
+            metrics[f"reward/{name}_weight"] = part.weight_at(step)
+    return metrics
+
+
 def update_metrics(
     update: Mapping[str, Metric], reports: Sequence[UpdateReport]
 ) -> dict[str, float]:

@@ -140,11 +140,12 @@ class RolloutSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """One rollout batch: the ``groups`` to train on and all that were ``generated`` for it."""
+    """The ``groups`` to train on, all ``generated`` for it, and the ``reward`` of this step."""
 
     groups: tuple[Group, ...]
     generated: tuple[Group, ...]
     gen_batches: int
+    reward: RewardSet
     seconds_sampling: float
     seconds_scoring: float
 
@@ -159,7 +160,7 @@ class Rollouts:
     """Makes rollout batches, one after another.
 
     It holds what must survive a restart: the problem stream's position and the ``surplus`` of
-    live groups that an earlier step did not need.
+    live groups that an earlier step did not need, scored with the weights of that step.
     """
 
     engine: Engine
@@ -171,13 +172,13 @@ class Rollouts:
     greedy_baseline: bool = False
     surplus: tuple[Group, ...] = ()
 
-    def collect(self) -> Collected:
-        """Sample and score until the batch is complete. Raises ServiceError at the limit."""
-        settings, clock = self.settings, _Clock()
+    def collect(self, step: int = 1) -> Collected:
+        """The batch of training step ``step`` (from 1 on). Raises ServiceError at the limit."""
+        settings, clock, reward = self.settings, _Clock(), self.reward.at(step)
         generated: list[Group] = []
 
         def draw(missing: int) -> list[Group]:
-            groups = self._generate(math.ceil(missing * settings.oversample), clock)
+            groups = self._generate(math.ceil(missing * settings.oversample), reward, clock)
             generated.extend(groups)
             return groups
 
@@ -185,7 +186,7 @@ class Rollouts:
             draw,
             self._wanted,
             target=settings.prompts_per_step,
-            max_batches=self._most_tries(),
+            max_batches=settings.max_gen_batches if settings.filter == "resample" else 1,
             carry=self.surplus,
         )
         if len(filled.used) < settings.prompts_per_step and settings.filter == "resample":
@@ -195,6 +196,7 @@ class Rollouts:
             groups=filled.used,
             generated=tuple(generated),
             gen_batches=filled.batches,
+            reward=reward,
             seconds_sampling=clock.sampling,
             seconds_scoring=clock.scoring,
         )
@@ -211,9 +213,6 @@ class Rollouts:
         self.stream.restore(state["stream"])
         self.surplus = tuple(decode_group(group) for group in state["surplus"])
 
-    def _most_tries(self) -> int:
-        return self.settings.max_gen_batches if self.settings.filter == "resample" else 1
-
     def _wanted(self, group: Group) -> bool:
         if self.settings.filter in ("keep", "skip"):
             return True
@@ -227,7 +226,7 @@ class Rollouts:
                 'on_limit = "use_partial"'
             )
 
-    def _generate(self, count: int, clock: _Clock) -> list[Group]:
+    def _generate(self, count: int, reward: RewardSet, clock: _Clock) -> list[Group]:
         first = self.stream.drawn
         problems = self.stream.draw(count)
         prompts = [self.encoder.encode(problem.prompt) for problem in problems]
@@ -248,7 +247,7 @@ class Rollouts:
         # The greedy completion is scored among the sampled ones, so that shaping terms, which
         # depend on the group, are the same function of it as of them.
         drawn = [(*rows, *more) for rows, more in zip(samples, greedy, strict=True)]
-        scores = self.reward.score_groups(list(zip(problems, drawn, strict=True)))
+        scores = reward.score_groups(list(zip(problems, drawn, strict=True)))
         groups = [
             self._group(problem, tokens, rows, marks)
             for problem, tokens, rows, marks in zip(problems, prompts, drawn, scores, strict=True)
@@ -336,6 +335,7 @@ def decode_group(plain: Mapping[str, Any]) -> Group:
                 total=item["total"],
                 task=item["task"],
                 parts=item["parts"],
+                counted=item.get("counted", {}),  # not in checkpoints of 0.1
                 steps=tuple((end, value) for end, value in item["steps"]),
                 error=Failure(**item["error"]) if item["error"] else None,
             )
@@ -374,7 +374,7 @@ def tensorise(
         total=_floats([score.total for _, score in rows]),
         task=_floats([score.task for _, score in rows]),
         parts=torch.stack(
-            [_floats([score.parts.get(name) for _, score in rows]) for name in names], dim=1
+            [_floats([score.counting(name) for _, score in rows]) for name in names], dim=1
         ),
         part_names=names,
         part_weights=torch.tensor(reward.part_weights, dtype=torch.float64),

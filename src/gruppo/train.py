@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gruppo.budget import Budget
-from gruppo.diagnose import data_metrics, language_metrics, step_metrics
+from gruppo.diagnose import composition_metrics, data_metrics, language_metrics, step_metrics
 from gruppo.errors import NumericError, OutOfMemory, ServiceError
 from gruppo.evaluate import Evaluation, Evaluator
 from gruppo.interrupt import Interrupted, Interrupts
@@ -178,11 +178,11 @@ def iterate(run: Run, state: TrainState) -> Iteration:
     skip_dead = run.rollouts.settings.filter != "keep"
     how = run.settings.update(skip_dead=skip_dead)
 
-    collected = run.rollouts.collect()
+    collected = run.rollouts.collect(state.step + 1)
     release_heap()
     rollout = tensorise(
         collected.groups,
-        run.rollouts.reward,
+        collected.reward,
         run.rollouts.settings,
         greedy_baseline=run.rollouts.greedy_baseline,
     )
@@ -288,6 +288,7 @@ def _metrics(run: Run, state: TrainState, iteration: Iteration, seconds: float) 
             version=iteration.version,
         ),
         **language_metrics(collected.groups, run.rollouts.reward.parts),
+        **composition_metrics(collected.groups, run.rollouts.reward.parts, step=state.step + 1),
         **data_metrics(run.rollouts.stream),
         "kl/beta": state.coefficients.kl,
         "entropy/coef": state.coefficients.entropy,

@@ -149,15 +149,21 @@ class Score:
 
     ``total`` is what advantages are made of (shaping included), None if unscored. ``task`` is the
     unshaped task metric that filters, pass@k and health rules read. ``parts`` holds each reward
-    function's raw value before weighting. ``steps`` are process rewards ``(end, value)`` with
-    ``end`` the exclusive token index where the step ends.
+    function's raw value before weighting, ``counted`` what counted in the place of a raw value
+    where a range or gate of the reward changed it (still before weighting). ``steps`` are
+    process rewards ``(end, value)`` with ``end`` the exclusive token index where the step ends.
     """
 
     total: float | None
     task: float | None
     parts: Mapping[str, float | None] = field(default_factory=dict)
+    counted: Mapping[str, float | None] = field(default_factory=dict)
     steps: tuple[tuple[int, float], ...] = ()
     error: Failure | None = None
+
+    def counting(self, name: str) -> float | None:
+        """What the part ``name`` counted as, before its weight; None if it gave no value."""
+        return self.counted.get(name, self.parts.get(name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +200,8 @@ class Group:
 class Rollout:
     """The whole rollout batch as tensors, in group order; rewards in float64 on the host.
 
-    Unscored rows have NaN in ``total`` / ``task``; a part that abstained has NaN in ``parts``.
+    Unscored rows have NaN in ``total`` / ``task``; a part that abstained has NaN in ``parts``,
+    which hold what counted (``Score.counted`` where it differs from the raw value).
     ``mask`` is True on the tokens that are trained. ``part_weights`` [K] are the weights under
     which ``parts`` were summed into ``total`` (before shaping). ``steps[b]`` are process rewards.
     """

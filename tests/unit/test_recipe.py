@@ -147,7 +147,9 @@ def test_a_presets_group_and_length_term_give_way_to_a_credit_that_cannot_take_t
 
 OVERLONG = '[[reward.parts]]\nname = "long"\nkind = "soft_overlong"\nbuffer = 9\n'
 FUNCTION = '[[reward.parts]]\nname = "own"\nkind = "my.module:score"\n'
+RAMP = "ramp = { to = -1.0, to_step = 9 }"
 FORMAT = '[[reward.parts]]\nname = "form"\nkind = "format"\n'
+GATED = FORMAT + '[reward.parts.gate]\npart = "right"\n'
 
 
 @pytest.mark.parametrize(
@@ -166,6 +168,12 @@ FORMAT = '[[reward.parts]]\nname = "form"\nkind = "format"\n'
         ("passk_analytic", "[[reward.parts]]\nweight = 2.0", "reward.parts.right.weight = 2.0"),
         ("passk_analytic", "[[reward.parts]]\nminimum = -0.5", "reward.parts.right.minimum = -0.5"),
         ("passk_analytic", '[rollout]\ntruncation = "penalty"', "truncation_penalty = -0.5"),
+        ("passk_analytic", "[[reward.parts]]\n" + RAMP, "reward.parts.right.ramp = "),
+        ("passk_analytic", "[[reward.parts]]\nclip = [0.0, 0.5]", "reward.parts.right.clip = "),
+        ("passk_analytic", GATED + "otherwise = 0.5", "parts.form.gate.otherwise = 0.5: makes"),
+        ("gdpo", OVERLONG + "weight = 0.0\n" + RAMP, "reward.parts.long: has no effect"),
+        ("maxrl", FORMAT + RAMP, "reward.parts.form.ramp.to = -1.0: can make"),
+        ("maxrl", GATED + "otherwise = -0.5", "reward.parts.form.gate.otherwise = -0.5: can"),
         ("maxrl", OVERLONG, "reward.parts.long: can make rewards negative"),
         ("maxrl", FORMAT + "weight = -1.0", "reward.parts.form.weight = -1.0: can make"),
         ("maxrl", FORMAT + "minimum = -1.0", "reward.parts.form.minimum = -1.0: can make"),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from gruppo.reward.answer import Exact, Number
 from gruppo.reward.extract import find_answer, last_boxed, one_number, to_fraction
-from gruppo.reward.math_answer import Math, compare_exactly, reference, tidy
+from gruppo.reward.math_answer import Math, reference
+from gruppo.reward.math_text import compare_exactly, tidy
 from gruppo.reward.regex import Regex
 from gruppo.types import Completion, Problem, Score
 

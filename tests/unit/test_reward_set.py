@@ -9,8 +9,10 @@ import pytest
 from gruppo.reward import (
     KINDS,
     SHAPE_KINDS,
+    GradingModel,
     Part,
     RewardSet,
+    Service,
     Shaping,
     SoftOverlong,
     refused,
@@ -266,7 +268,13 @@ def test_senseless_sets_are_refused(make, message: str) -> None:
 
 
 def test_every_kind_names_its_record() -> None:
+    judged = {"model": GradingModel(name="m"), "service": Service(url="http://h/v1")}
     given = {
+        "judge": {"rubric": "r", **judged},
+        "pairwise": {"rubric": "r", **judged},
+        "verifier": judged,
+        "remote": {"service": Service(url="http://h")},
+        "reward_model": {"name": "m"},
         "cosine_length": {"max_tokens": 4},
         "soft_overlong": {"max_tokens": 4, "buffer": 1},
         "function": {"name": "m:f"},

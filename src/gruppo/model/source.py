@@ -96,7 +96,7 @@ def load(
         )
         # what a saved adapter calls its base: for a packaged model not the cache's folder
         model.name_or_path = name
-        _refuse_incomplete(name, info)
+        refuse_incomplete(name, info)
         check_vocabulary(name, model, tokenizer)
         prepare_model(model.to(device), report=report)
         if gradient_checkpointing:
@@ -231,7 +231,7 @@ def _read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def _refuse_incomplete(name: str, info: dict[str, object]) -> None:
+def refuse_incomplete(name: str, info: dict[str, object]) -> None:
     """Refuse weights that are not in the file: transformers would fill in random numbers."""
     missing = sorted(map(str, cast("set[str]", info["missing_keys"])))
     mismatched = sorted(map(str, cast("set[object]", info["mismatched_keys"])))

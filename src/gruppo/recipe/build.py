@@ -36,7 +36,7 @@ from gruppo.recipe.problems import (
     prompt_limit,
 )
 from gruppo.recipe.recipe import ModelSection, Recipe
-from gruppo.reward import Function, RewardSet
+from gruppo.reward import Opens, RewardSet
 from gruppo.rollout import Rollouts
 
 Report = Callable[[str], None]
@@ -137,10 +137,11 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
 
 
 def open_rewards(recipe: Recipe) -> RewardSet:
-    """Make the rewards, and start those that run in worker processes (to find a wrong name now)."""
-    reward = recipe.reward.build(max_tokens=recipe.rollout.max_tokens)
+    """Make the rewards and open them: a wrong name, a missing key or model is found now."""
+    device = _device(recipe.model.device)
+    reward = recipe.reward.build(max_tokens=recipe.rollout.max_tokens, device=device)
     for part in reward.parts:
-        if isinstance(part.reward, Function):
+        if isinstance(part.reward, Opens):
             part.reward.open()
     return reward
 

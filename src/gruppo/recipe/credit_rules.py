@@ -32,7 +32,7 @@ def find_unread(reward: Any, rollout: Any, objective: Any) -> Iterator[Mistake]:
         fix = 'use "mask_after" or "exclude_before"'
         yield mistake("rollout.truncation", f"{reason}; {fix}", rollout.truncation)
     for part in reward.parts:
-        if part.shape and part.weight != 0:
+        if part.shape and _counts(part):
             fix = "set shape = false, where its kind allows that, or leave it out"
             path = f"reward.parts.{part.name}"
             yield mistake(path, f"{reason}, and this one only shapes; {fix}")
@@ -75,7 +75,7 @@ def _not_binary(reward: Any, rollout: Any) -> Iterator[Mistake]:
     for part in reward.parts:
         path = f"reward.parts.{part.name}"
         added = part.shape or (part.name not in tasks and reward.clip_range is None)
-        if part.weight == 0:
+        if not _counts(part):
             continue
         if added:
             yield mistake(path, f"is added to the task's reward and {reason}; leave it out")
@@ -83,6 +83,7 @@ def _not_binary(reward: Any, rollout: Any) -> Iterator[Mistake]:
             yield mistake(f"{path}.weight", f"{reason}; use 1.0", part.weight)
         elif part.minimum not in (-1, 0, 1):
             yield mistake(f"{path}.minimum", f"{reason}; use 0.0", part.minimum)
+        yield from _changed(part, path, reason)
     if rollout.truncation == "penalty" and rollout.truncation_penalty not in (-1, 0, 1):
         yield mistake(
             "rollout.truncation_penalty",
@@ -91,18 +92,37 @@ def _not_binary(reward: Any, rollout: Any) -> Iterator[Mistake]:
         )
 
 
+def _counts(part: Any) -> bool:
+    """Whether the part's weight is, or comes to be, other than 0."""
+    return part.weight != 0 or part.ramp is not None
+
+
+def _changed(part: Any, path: str, reason: str) -> Iterator[Mistake]:
+    """What makes other numbers than 0 and 1 of a task that gives those."""
+    if part.ramp is not None:
+        yield mistake(f"{path}.ramp", f"{reason}; leave it out", part.ramp)
+    if part.clip is not None:
+        yield mistake(f"{path}.clip", f"{reason}; leave it out", part.clip)
+    if part.gate is not None and part.gate.otherwise not in (None, -1, 0, 1):
+        yield mistake(f"{path}.gate.otherwise", f"{reason}; use 0.0", part.gate.otherwise)
+
+
 def _negative(reward: Any, rollout: Any) -> Iterator[Mistake]:
     reason = "can make rewards negative, which objective.credit (maxrl) cannot divide by"
     if reward.clip_range is None or reward.clip_range[0] < 0:
         fix = "leave it out, or set reward.clip_range = [0.0, 1.0]"
         for part in reward.parts:
             path = f"reward.parts.{part.name}"
-            if part.weight != 0 and part.kind in SHAPE_KINDS:
+            if _counts(part) and part.kind in SHAPE_KINDS:
                 yield mistake(path, f"{reason}; {fix}")
             elif part.weight < 0:
                 yield mistake(f"{path}.weight", f"{reason}; {fix}", part.weight)
             elif part.weight * part.minimum < 0:
                 yield mistake(f"{path}.minimum", f"{reason}; {fix}", part.minimum)
+            if part.ramp is not None and part.ramp.to < 0:
+                yield mistake(f"{path}.ramp.to", f"{reason}; {fix}", part.ramp.to)
+            if part.gate is not None and part.weight * (part.gate.otherwise or 0.0) < 0:
+                yield mistake(f"{path}.gate.otherwise", f"{reason}; {fix}", part.gate.otherwise)
     if rollout.truncation == "penalty" and rollout.truncation_penalty < 0:
         yield mistake(
             "rollout.truncation_penalty",

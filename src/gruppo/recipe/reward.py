@@ -1,8 +1,8 @@
 """The ``[reward]`` section: named parts, of which one is the task metric.
 
-A part is one flat table: ``name``, ``kind``, the reward's own keys, and ``weight``, ``minimum``
-and ``shape`` as in ``gruppo.reward.Part``. A reward function of one's own is
-``kind = "function", function = "package.module:NAME"``, or for short ``kind`` itself names it.
+A part is one flat table: ``name``, ``kind``, the reward's own keys, and ``weight``, ``minimum``,
+``shape``, ``clip``, ``gate`` and ``ramp`` as in ``gruppo.reward.Part``. A reward function of your
+own is ``kind = "function", function = "package.module:NAME"``; for short, ``kind`` itself names it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from gruppo.recipe.widen import Wide, one_of
-from gruppo.reward import KINDS, SHAPE_KINDS, Function, Part, RewardSet
+from gruppo.reward import KINDS, SHAPE_KINDS, Gate, Part, Ramp, RewardSet
 
 AUTO: Final = "auto"
 OFF: Final = "none"
+_RENAMED: Final = {"function": "function", "reward_model": "model"}  # beside the part's own name
 _UNBOUNDED: Final = 1 << 40  # stands for the rollout's max_tokens until that is known
 
 
@@ -26,8 +27,11 @@ def _wide(kind: str) -> Wide:
             "weight": (float, 1.0),
             "minimum": (float, 0.0),
             "shape": (bool, kind in SHAPE_KINDS),
+            "clip": (tuple[float, float] | None, None),
+            "gate": (Gate | None, None),
+            "ramp": (Ramp | None, None),
         },
-        renamed={"name": "function"} if KINDS[kind] is Function else {},
+        renamed={"name": _RENAMED[kind]} if kind in _RENAMED else {},
         optional=("max_tokens",),  # of a length term: the rollout's, unless another is given
     )
 
@@ -39,10 +43,11 @@ else:
     AnyPart = one_of(wide.type for wide in _WIDE.values())
 
 
-def make_part(table: Any, *, max_tokens: int) -> Part:
-    """The reward part that a flat record means; ``max_tokens`` is the budget if it gives none."""
+def make_part(table: Any, *, max_tokens: int, device: str | None = None) -> Part:
+    """The part that a flat record means, with this budget and device where it gives none."""
     wide = _WIDE[table.kind]
-    return Part(reward=wide.make(table, max_tokens=max_tokens), **wide.extra(table))
+    reward = wide.make(table, max_tokens=max_tokens, device=device)
+    return Part(reward=reward, **wide.extra(table))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +93,10 @@ class RewardSection:
         """Where each task part reads an answer, as ``gruppo.reward.RewardSet`` tells it."""
         return self.build(max_tokens=_UNBOUNDED).answer_templates()
 
-    def build(self, *, max_tokens: int) -> RewardSet:
+    def build(self, *, max_tokens: int, device: str | None = None) -> RewardSet:
         """Make the reward set. Raises ValueError for parts that make no sense together."""
         return RewardSet(
-            tuple(make_part(part, max_tokens=max_tokens) for part in self.parts),
+            tuple(make_part(part, max_tokens=max_tokens, device=device) for part in self.parts),
             task=self.task,
             clip_range=self.clip_range,
             shape_only_live=self.shape_only_live,

@@ -16,10 +16,16 @@ from gruppo.reward.base import (
 )
 from gruppo.reward.control import Random
 from gruppo.reward.countdown import Countdown
+from gruppo.reward.grader import GradingModel
+from gruppo.reward.judge import Judge, Pairwise, Verifier
 from gruppo.reward.language import LanguageConsistency
 from gruppo.reward.layout import Format, OpenR1Format, ReasoningSteps, TagCount
 from gruppo.reward.math_answer import Math
+from gruppo.reward.part import Gate, Opens, Ramp
 from gruppo.reward.regex import Regex
+from gruppo.reward.remote import Remote
+from gruppo.reward.reward_model import RewardModel
+from gruppo.reward.service import Service
 from gruppo.reward.shape import (
     CosineLength,
     KimiLength,
@@ -34,18 +40,23 @@ KINDS: dict[str, type] = {
     "exact": Exact,
     "format": Format,
     "function": Function,
+    "judge": Judge,
     "kimi_length": KimiLength,
     "language": LanguageConsistency,
     "linear_length": LinearLength,
     "math": Math,
     "number": Number,
     "open_r1_format": OpenR1Format,
+    "pairwise": Pairwise,
     "random": Random,
     "reasoning_steps": ReasoningSteps,
     "regex": Regex,
+    "remote": Remote,
     "repetition": Repetition,
+    "reward_model": RewardModel,
     "soft_overlong": SoftOverlong,
     "tag_count": TagCount,
+    "verifier": Verifier,
 }
 SHAPE_KINDS = frozenset(
     {"cosine_length", "kimi_length", "linear_length", "repetition", "soft_overlong"}
@@ -60,22 +71,32 @@ __all__ = [
     "Exact",
     "Format",
     "Function",
+    "Gate",
+    "GradingModel",
     "InProcess",
+    "Judge",
     "KimiLength",
     "LanguageConsistency",
     "LinearLength",
     "Math",
     "Number",
     "OpenR1Format",
+    "Opens",
+    "Pairwise",
     "Part",
+    "Ramp",
     "Random",
     "ReasoningSteps",
     "Regex",
+    "Remote",
     "Repetition",
+    "RewardModel",
     "RewardSet",
+    "Service",
     "Shaping",
     "SoftOverlong",
     "TagCount",
+    "Verifier",
     "refused",
     "ungraded",
 ]

@@ -125,7 +125,7 @@ class InProcess:
         >>> from gruppo.types import Completion, Problem
         >>> row = Completion(tokens=(), logp=(), mask=(), version=(), text="4", finish="stop")
         >>> InProcess(compute_score)(Problem(id="a", prompt=(), answer="4"), [row])
-        [Score(total=1.0, task=1.0, parts={}, steps=(), error=None)]
+        [Score(total=1.0, task=1.0, parts={}, counted={}, steps=(), error=None)]
 
     Raises:
         ValueError: no contract is given and the parameter names do not tell it.

@@ -3,100 +3,40 @@
 Everything that can go wrong inside a reward ends here: exceptions, wrong lengths and values that
 are no usable numbers become a counted ``Failure`` and an unscored value, never a silent 0, and the
 other rows keep theirs. This module knows no particular reward, starts no process and sets no
-deadline; rewards that need those bring their own (see ``process.py``).
+deadline; rewards that need those bring their own (see ``process.py``). How one part counts stands
+in ``part.py``, what is checked of its values in ``cells.py``.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
-from typing import Protocol, TypeVar, runtime_checkable
 
+from gruppo.reward.cells import Cell, grader, guarded, refused, run_part, run_shape, ungraded
+from gruppo.reward.part import (
+    BatchReward,
+    Closes,
+    GroupRows,
+    Locates,
+    Part,
+    Shaping,
+    Value,
+)
 from gruppo.types import Completion, Failure, Problem, Score, is_task_live
 
-T = TypeVar("T")
-GroupRows = tuple[Problem, Sequence[Completion]]
-Value = float | None | Score
-# What gruppo.types.Reward describes, in a form that a union can be checked against at run time.
-GroupReward = Callable[[Problem, Sequence[Completion]], Sequence[Value]]
-
-# Group statistics square rewards; beyond this a reward is a bug, and float32 would lose the rest.
-MAX_MAGNITUDE = 1e9
-_TEXT_LIMIT = 500
-
-
-@runtime_checkable
-class BatchReward(Protocol):
-    """A reward that wants the rows of all groups in one call (a remote judge, a worker pool)."""
-
-    def score_batch(self, groups: Sequence[GroupRows]) -> Sequence[Sequence[Value]]:
-        """Score every completion of every group; one sequence per group, in order."""
-        ...
-
-
-@runtime_checkable
-class Shaping(Protocol):
-    """A reward term that depends on how the group was graded (length rewards, say)."""
-
-    def shape(
-        self, problem: Problem, completions: Sequence[Completion], scores: Sequence[Score]
-    ) -> Sequence[float | None]:
-        """Return the term for every completion; ``scores`` are those before any shaping."""
-        ...
-
-
-@runtime_checkable
-class Locates(Protocol):
-    """A reward that knows where in a completion the answer is read."""
-
-    def template(self) -> str:
-        """Return a completion with ``{answer}`` in place of the answer."""
-        ...
-
-
-@runtime_checkable
-class _Closeable(Protocol):
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One named term of the reward.
-
-    ``weight`` multiplies the raw value in the total. ``minimum`` is the raw value of a completion
-    that made its own grading fail (``Failure.fault == "completion"``): it must be no better than
-    the worst wrong answer. ``shape = True`` marks a term that is added after the task metric is
-    taken (length, overlong, repetition), see ``RewardSet.shape_only_live``.
-
-    Raises:
-        ValueError: empty name, non-finite weight or minimum, or a ``Shaping`` without ``shape``.
-    """
-
-    name: str
-    reward: GroupReward | BatchReward | Shaping
-    weight: float = 1.0
-    minimum: float = 0.0
-    shape: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.name:
-            raise ValueError("Part.name is empty: give the reward part a name")
-        for field, value in (("weight", self.weight), ("minimum", self.minimum)):
-            if not math.isfinite(value) or abs(value) > MAX_MAGNITUDE:
-                raise ValueError(
-                    f"reward part {self.name!r}: {field} = {value} is not a finite number "
-                    f"of magnitude up to {MAX_MAGNITUDE:g}"
-                )
-        if isinstance(self.reward, Shaping) and not self.shape:
-            raise ValueError(
-                f"reward part {self.name!r}: this reward reads the other parts' grades, "
-                "so it can only be a shaping term: set shape = true"
-            )
+__all__ = [
+    "BatchReward",
+    "GroupRows",
+    "Part",
+    "RewardSet",
+    "Shaping",
+    "Value",
+    "guarded",
+    "refused",
+    "ungraded",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +44,13 @@ class RewardSet:
     """All parts of the reward, summed to one total per completion.
 
     ``total = sum of weight * value over the parts that gave a value``, then the shaping terms,
-    then an optional clip to ``clip_range``. A part that returns None abstains. A row is unscored
+    then an optional clip to ``clip_range``. What a part's value counts as, its range and gate
+    decide, and its ramp what its weight is (``Part``); ``at`` gives the set as it is at a step.
+    A part that returns None abstains. A row is unscored
     (``total = None``) when no task part gave a value, and when the grader of a term with a weight
     *failed*: without it the total is on another scale than the rest of its group, and would look
-    better or worse than they for no doing of the policy. Its ``task`` stays, if it was graded.
+    better or worse than they for no doing of the policy. Its ``task`` stays, if it was graded. A
+    grader that failed behind a closed gate is not missed; one that decides a gate is.
 
     Args:
         parts: the terms; names must differ.
@@ -129,7 +72,8 @@ class RewardSet:
         [2.0]
 
     Raises:
-        ValueError: no parts, two parts of one name, an unknown or shaping task, an empty range.
+        ValueError: no parts, two parts of one name, an unknown or shaping task, an empty range, a
+            gate on a part that is not there or only shapes.
     """
 
     parts: tuple[Part, ...]
@@ -149,6 +93,13 @@ class RewardSet:
                 f"reward.task = {unknown[0]!r} is not the name of a reward part that is no "
                 f"shaping term; there are: {', '.join(self.part_names)}"
             )
+        for part in self.parts:
+            if part.gate is not None and part.gate.part not in self.part_names:
+                raise ValueError(
+                    f"reward part {part.name!r}: gate.part = {part.gate.part!r} is not the name of "
+                    f"a reward part that is no shaping term; there are: "
+                    f"{', '.join(self.part_names)}"
+                )
         if self.clip_range is not None and not self.clip_range[0] < self.clip_range[1]:
             raise ValueError(
                 f"reward.clip_range = {self.clip_range}: the first number must be the smaller one"
@@ -176,6 +127,13 @@ class RewardSet:
         tasks = {part.name: part.reward for part in self.parts if part.name in self.task_names}
         return {k: v.template() if isinstance(v, Locates) else None for k, v in tasks.items()}
 
+    def at(self, step: int) -> RewardSet:
+        """The set with the weights of a training step (1 is the first), and no ramps."""
+        if all(part.ramp is None for part in self.parts):
+            return self
+        parts = (replace(part, weight=part.weight_at(step), ramp=None) for part in self.parts)
+        return replace(self, parts=tuple(parts))
+
     def score(self, problem: Problem, completions: Sequence[Completion]) -> tuple[Score, ...]:
         """Score one group: one ``Score`` per completion, in order. Never raises."""
         return self.score_groups([(problem, completions)])[0]
@@ -183,72 +141,78 @@ class RewardSet:
     def score_groups(self, groups: Sequence[GroupRows]) -> list[tuple[Score, ...]]:
         """Score many groups; batch rewards see all their rows in one call. Never raises."""
         plain = [part for part in self.parts if not part.shape]
-        columns = {part.name: _run(part, groups) for part in plain}
-        scored = [
-            tuple(
-                self._combine({name: column[g][i] for name, column in columns.items()})
-                for i in range(len(completions))
-            )
-            for g, (_, completions) in enumerate(groups)
+        columns = {part.name: run_part(part, groups) for part in plain}
+        cells = [
+            [{name: column[g][i] for name, column in columns.items()} for i in range(len(rows))]
+            for g, (_, rows) in enumerate(groups)
         ]
+        scored = [tuple(self._combine(row) for row in group) for group in cells]
         for part in self.parts:
             if part.shape:
-                terms = _run_shape(part, groups, scored)
+                terms = run_shape(part, groups, scored)
                 scored = [
-                    self._add(part, before, term)
-                    for before, term in zip(scored, terms, strict=True)
+                    self._add(part, before, [_Row(*pair) for pair in zip(term, group, strict=True)])
+                    for before, term, group in zip(scored, terms, cells, strict=True)
                 ]
         return [tuple(self._clip(score) for score in row) for row in scored]
 
     def close(self) -> None:
         """End the worker processes that parts hold; they start again when they are needed."""
         for part in self.parts:
-            if isinstance(part.reward, _Closeable):
+            if isinstance(part.reward, Closes):
                 part.reward.close()
 
-    def _combine(self, cells: dict[str, _Cell]) -> Score:
+    def _combine(self, cells: dict[str, Cell]) -> Score:
         """Sum one row's cells; unscored if the task or a weighted part could not be graded."""
         tasks = [cells[name] for name in self.task_names]
         task = next((cell.task for cell in tasks if cell.task is not None), None)
         if any(cell.failed for cell in tasks):
             task = None
-        weights = dict(zip(self.part_names, self.part_weights, strict=True))
-        lost = [cell for name, cell in cells.items() if cell.failed and weights[name] != 0]
+        terms = [_Term(part, cells[part.name], cells) for part in self.parts if not part.shape]
+        lost = [cell for term in terms if term.part.weight != 0 for cell in term.missing]
         failed = [cell for cell in tasks if cell.failed] + lost
         error = _first_error([*failed, *tasks, *cells.values()])
         total = None
         if task is not None and not lost:
-            values = [
-                weights[name] * cell.value for name, cell in cells.items() if cell.value is not None
-            ]
-            total = math.fsum(values)
+            values = [(term.part.weight, term.value) for term in terms]
+            total = math.fsum(weight * value for weight, value in values if value is not None)
         elif not failed:
-            error = _grader("none", "the task reward gave no value (None)")
+            error = grader("none", "the task reward gave no value (None)")
         return Score(
             total=total,
             task=task,
             parts={name: cell.value for name, cell in cells.items()},
+            counted={term.part.name: term.value for term in terms if term.changed},
             steps=next((cell.steps for cell in tasks if cell.steps), ()),
             error=error,
         )
 
     def _add(
-        self, part: Part, before: tuple[Score, ...], terms: Sequence[_Cell]
+        self, part: Part, before: tuple[Score, ...], rows: Sequence[_Row]
     ) -> tuple[Score, ...]:
         """Record a shaping term, and add it where it counts."""
         live = is_task_live(before) or not self.shape_only_live
         counts = live and part.weight != 0
         return tuple(
-            replace(
-                score,
-                parts={**score.parts, part.name: cell.value},
-                # what made the row unscored is told before what only befell it
-                error=cell.error
-                if counts and cell.failed and score.total is not None
-                else score.error or cell.error,
-                total=_plus(score.total, part.weight, cell) if counts else score.total,
-            )
-            for score, cell in zip(before, terms, strict=True)
+            self._added(_Term(part, row.cell, row.others), score, counts=counts)
+            for score, row in zip(before, rows, strict=True)
+        )
+
+    def _added(self, term: _Term, score: Score, *, counts: bool) -> Score:
+        """One row's score with a shaping term."""
+        name, cell, lost = term.part.name, term.cell, term.missing
+        error, total = score.error or cell.error, score.total
+        if counts and lost and total is not None:
+            # what made the row unscored is told before what only befell it
+            error, total = lost[0].error, None
+        elif counts and total is not None and term.value is not None:
+            total += term.part.weight * term.value
+        return replace(
+            score,
+            parts={**score.parts, name: cell.value},
+            counted={**score.counted, name: term.value} if term.changed else score.counted,
+            error=error,
+            total=total,
         )
 
     def _clip(self, score: Score) -> Score:
@@ -258,140 +222,43 @@ class RewardSet:
         return replace(score, total=min(max(score.total, low), high))
 
 
-def ungraded(kind: str, text: str) -> Score:
-    """What a reward returns for a row that it failed to grade: unscored, and counted."""
-    return Score(total=None, task=None, error=_grader(kind, text))
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row's cell of a shaping term, and its cells of the parts that gates may read."""
+
+    cell: Cell
+    others: dict[str, Cell]
 
 
-def refused(kind: str, text: str) -> Score:
-    """What a reward returns for a completion that made its grading fail: the part's minimum."""
-    return Score(total=None, task=None, error=Failure(kind=kind, fault="completion", text=text))
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """One part's cell on one row, with the row's other cells, of which one may be its gate."""
 
-
-def guarded(name: str, call: Callable[[], T]) -> T | Failure:
-    """Run ``call``; whatever it raises (``sys.exit`` too, but not Ctrl-C) becomes a Failure."""
-    try:
-        return call()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a reward that calls sys.exit must not end the training
-        frames = traceback.extract_tb(error.__traceback__)
-        where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-        kind = "exit" if isinstance(error, SystemExit) else "exception"
-        return _grader(kind, f"{name}: {type(error).__name__}: {error}{where}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Cell:
-    """One part's verdict on one row, after checking: ``value`` None is "no value"."""
-
-    value: float | None
-    task: float | None
-    steps: tuple[tuple[int, float], ...] = ()
-    error: Failure | None = None
+    part: Part
+    cell: Cell
+    others: dict[str, Cell]
 
     @property
-    def failed(self) -> bool:
-        """Whether the grader failed (no value without an error is a choice)."""
-        return self.value is None and self.error is not None
+    def value(self) -> float | None:
+        """What counts, before the weight."""
+        gate = self.part.gate
+        return self.part.counted(self.cell.value, self.others[gate.part].value if gate else None)
+
+    @property
+    def changed(self) -> bool:
+        """Whether that is not the raw value."""
+        return self.value != self.cell.value
+
+    @property
+    def missing(self) -> list[Cell]:
+        """The failed cells without which the term is not known."""
+        gate = self.part.gate
+        key = self.others[gate.part] if gate else None
+        if key is not None and key.failed:
+            return [key]
+        shut = gate is not None and key is not None and not gate.is_open(key.value)
+        return [self.cell] if self.cell.failed and not shut else []
 
 
-def _plus(total: float | None, weight: float, cell: _Cell) -> float | None:
-    """``total`` with a term added; None if either is unscored, unchanged if the term abstained."""
-    if total is None or cell.failed:
-        return None
-    return total if cell.value is None else total + weight * cell.value
-
-
-def _grader(kind: str, text: str) -> Failure:
-    return Failure(kind=kind, fault="grader", text=text[:_TEXT_LIMIT])
-
-
-def _first_error(cells: Iterable[_Cell]) -> Failure | None:
+def _first_error(cells: Iterable[Cell]) -> Failure | None:
     return next((cell.error for cell in cells if cell.error is not None), None)
-
-
-def _failed(failure: Failure, num_rows: int) -> list[_Cell]:
-    return [_Cell(value=None, task=None, error=failure)] * num_rows
-
-
-def _run(part: Part, groups: Sequence[GroupRows]) -> list[list[_Cell]]:
-    """Call one part on all groups and check what comes back."""
-    reward = part.reward
-    sizes = [len(completions) for _, completions in groups]
-    if isinstance(reward, BatchReward):
-        raw = guarded(part.name, lambda: list(reward.score_batch(groups)))
-        if not isinstance(raw, Failure) and len(raw) != len(groups):
-            text = f"{part.name}: {len(raw)} results for {len(groups)} groups"
-            raw = _grader("length", text)
-        if isinstance(raw, Failure):
-            return [_failed(raw, size) for size in sizes]
-        return [_check(part, rows, size) for rows, size in zip(raw, sizes, strict=True)]
-    assert not isinstance(reward, Shaping), "Part refuses a Shaping that is not marked as one"
-    return [
-        _check(part, guarded(part.name, partial(reward, problem, completions)), len(completions))
-        for problem, completions in groups
-    ]
-
-
-def _run_shape(
-    part: Part, groups: Sequence[GroupRows], scores: Sequence[tuple[Score, ...]]
-) -> list[list[_Cell]]:
-    """Call one shaping term on all groups."""
-    reward = part.reward
-    if not isinstance(reward, Shaping):
-        return _run(part, groups)
-    return [
-        _check(part, guarded(part.name, partial(reward.shape, problem, rows, before)), len(rows))
-        for (problem, rows), before in zip(groups, scores, strict=True)
-    ]
-
-
-def _check(part: Part, rows: object, num_rows: int) -> list[_Cell]:
-    """Check a group's returned values; a bad one is unscored and the others are kept."""
-    if isinstance(rows, Failure):
-        return _failed(rows, num_rows)
-    if isinstance(rows, str | bytes | dict) or not isinstance(rows, Iterable):
-        text = f"{part.name} returned {type(rows).__name__}, not one value per completion"
-        return _failed(_grader("type", text), num_rows)
-    listed = guarded(part.name, partial(list, rows))
-    if isinstance(listed, Failure):
-        return _failed(listed, num_rows)
-    if len(listed) != num_rows:
-        text = f"{part.name} returned {len(listed)} values for {num_rows} completions"
-        return _failed(_grader("length", text), num_rows)
-    return [_cell(part, value) for value in listed]
-
-
-def _cell(part: Part, value: object) -> _Cell:
-    """Check one value, or the Score that a reward returned in its place."""
-    if not isinstance(value, Score):
-        number, error = _number(part.name, value)
-        return _Cell(value=number, task=number, error=error)
-    if value.error is not None and value.error.fault == "completion":
-        return _Cell(value=part.minimum, task=part.minimum, error=value.error)
-    if value.error is not None:
-        return _Cell(value=None, task=None, error=value.error)
-    number, error = _number(part.name, value.total)
-    task, task_error = _number(part.name, number if value.task is None else value.task)
-    if error is not None or task_error is not None:
-        return _Cell(value=None, task=None, error=error or task_error)
-    return _Cell(value=number, task=task, steps=value.steps)
-
-
-def _number(name: str, value: object) -> tuple[float | None, Failure | None]:
-    """Return ``value`` as a float, or None and what is wrong with it (None itself is no error)."""
-    if value is None:
-        return None, None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        text = f"{name} returned {type(value).__name__} {value!r:.80}, not a number: use float(...)"
-        return None, _grader("type", text)
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        return None, _grader("nonfinite", f"{name} returned {number}")
-    if abs(number) > MAX_MAGNITUDE:
-        return None, _grader("magnitude", f"{name} returned {number:g}, above {MAX_MAGNITUDE:g}")
-    return number, None

@@ -62,7 +62,7 @@ def compare(gold: str, answer: str) -> dict:
             raise
         except Exception as error:
             return {name: f"{type(error).__name__}: {error}"[:200]}
-    expected, given = parsed
+    expected, given = _as_sets(*parsed)
     if not verify(_side(expected), _side(given), timeout_seconds=None):
         return {"equal": False}
     factors = (1, 100, sympy.Rational(1, 100)) if "%" in gold + answer else (1,)
@@ -96,6 +96,17 @@ def _side(expr: Expr) -> Expr:
     if isinstance(expr, sympy.Eq) and not expr.free_symbols:
         return expr.rhs
     return expr
+
+
+def _as_sets(gold: Expr, given: Expr) -> tuple[Expr, Expr]:
+    """Turn a chain of inequalities (0 <= x < 1) into its set where the other side is one."""
+    sides = (gold, given)
+    if not any(isinstance(side, sympy.Set) for side in sides):
+        return sides
+    return tuple(
+        side.as_set() if isinstance(side, sympy.And) and len(side.free_symbols) == 1 else side
+        for side in sides
+    )
 
 
 def _far_apart(gold: Expr, given: Expr, factors: tuple) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from gruppo.reward import Countdown, Exact, Math, Number
 from gruppo.reward.extract import Where, after_thinking, find_answer, one_number
-from gruppo.reward.math_answer import spelled_alike
+from gruppo.reward.math_text import spelled_alike
 
 Ballot = Callable[[str], str | None]
 
