@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 
+@runtime_checkable
 class Advised(Protocol):
     """A finding of the lab or of a preflight."""
 
