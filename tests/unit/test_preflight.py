@@ -60,19 +60,19 @@ def test_wilson_by_hand():
 @pytest.mark.parametrize("group", [4, 16])
 @pytest.mark.parametrize("shape", [(0.3, 0.3), (1.0, 3.0), (0.1, 2.0)])
 def test_intervals_cover_the_expected_dead_share(shape, group):
-    """Forty problems of eight completions, sixty times: 95 % intervals cover at least 53 times.
+    """Forty problems of eight completions, forty times: 95 % intervals cover at least 35 times.
 
     Sixteen completions were not drawn: those intervals come from the model.
     """
     draw = np.random.default_rng(3)
     truth, covered = beta_agreement(*shape, group), 0
-    for _ in range(60):
+    for _ in range(40):
         rates = draw.beta(*shape, size=40)
         rows = [(draw.random(8) < rate).astype(float).tolist() for rate in rates]
         found = dead_share(rows, group)
         assert found.method == ("counted" if group <= 8 else "modelled")
         covered += truth in found.share
-    assert covered >= 53
+    assert covered >= 35
 
 
 def test_intervals_cover_where_pass_rates_are_no_beta():
@@ -244,7 +244,8 @@ def test_preflight_of_the_tiny_model(tiny, tmp_path, capsys):
 
 def test_reward_test_of_a_sound_recipe(tmp_path, capsys):
     output = tmp_path / "lab.json"
-    assert main(["reward", "test", "quickstart", "--problems", "3", "--json", str(output)]) == 0
+    small = ["--set", "data.train.0.size=60", "--set", "data.held_out=3", "--problems", "3"]
+    assert main(["reward", "test", "quickstart", *small, "--json", str(output)]) == 0
     shown = capsys.readouterr().out
     assert shown.splitlines()[1] == "3 of them score 1"
     assert "above 50% is an exploit" in shown

@@ -97,9 +97,8 @@ def examine(
     """
     if not problems:
         raise ValueError("data: no problems to try the reward on")
-    reward = with_deadline(reward)
-    layout = Layout(template) if template is not None else find_layout(reward, problems)
-    scorer = _Scorer(reward, max_tokens)
+    scorer = _Scorer(with_deadline(reward), max_tokens)
+    layout = Layout(template) if template is not None else find_layout(scorer.reward, problems)
     targets = make_targets(problems, layout)
     alone = [
         scorer.score(problem, [layout.own(target.gold)])[0]
@@ -122,7 +121,6 @@ def examine(
         unequal += _again(scorer, problems[number], golden, grouped[number], texts[number])
     unequal += _in_company(singles, grouped[0])
     tasks = [part for part in reward.parts if part.name in reward.task_names]
-    slowest = max(((s, name) for name, s in scorer.seconds.items()), default=(0.0, ""))
     return Examination(
         layout=layout,
         layout_is_known=template is not None,
@@ -136,7 +134,7 @@ def examine(
         gave_up=gave_up,
         minimum=min(part.minimum for part in tasks),
         seconds_per_row=scorer.mean_seconds,
-        slowest=(slowest[1], slowest[0]),
+        slowest=scorer.slowest,
     )
 
 
@@ -226,6 +224,10 @@ class _Scorer:
         score = self.score(problem, [text])[0]
         self.seconds[name] = time.perf_counter() - started
         return score
+
+    @property
+    def slowest(self) -> tuple[str, float]:
+        return max(self.seconds.items(), key=lambda pair: pair[1], default=("", 0.0))
 
     @property
     def mean_seconds(self) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 _DRAWS: Final = 8000
 _TAIL: Final = 0.025
 _DIGITS: Final = 6  # rewards that differ by less agree (types.ZERO_TOL)
-_MEANS, _SPREADS = 200, 80  # cells of the grid over the Beta distribution of pass rates
+_MEANS, _SPREADS = 120, 60  # cells of the grid over the Beta distribution of pass rates
 _LEAST_SPREAD, _MOST_SPREAD = 0.02, 500.0
 
 
