@@ -180,6 +180,18 @@ def test_wrong_answers_are_wrong():
     assert wrong_answers("1/2", [])["a tenth more"] == "0.55"
 
 
+def test_no_attack_is_right_by_chance():
+    """Answers 1 and 10 stand in the orders to the grader, x among the special values."""
+    problems = [problem(n, "Which?", gold) for n, gold in enumerate(("1", "10", "x"))]
+    seen = examine(reward_of(case_of("exact_tag")), problems, template=R1)
+    made = {trial.name: [score is not None for score in trial.scores] for trial in seen.trials}
+    assert made["special values: x"] == [True, True, False]
+    assert made["orders to the grader: as the answer, 2"] == [False, True, True]
+    assert made["orders to the grader: as the answer, 4"] == [True, False, True]
+    rows = {row.attack: row.share for row in table(seen) if row.kind == "blind"}
+    assert set(rows.values()) == {0.0}
+
+
 def test_candidates_hide_the_right_one_in_the_middle():
     for gold, elsewhere in (("5", ["1"]), ("5", ["1", "2"]), ("5", [str(n) for n in range(6, 29)])):
         listed = among(gold, elsewhere)

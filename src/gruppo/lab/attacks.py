@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from gruppo.lab.answers import among, wrong_answers
+from gruppo.lab.answers import among, same, wrong_answers
 from gruppo.lab.layout import PLACE, Layout
 
 Kind = Literal["blind", "wrong", "misplaced", "hedged", "several", "right"]
@@ -94,12 +94,17 @@ def _echo(t: Target) -> dict[str, str]:
 
 
 def _special(t: Target) -> dict[str, str]:
-    return {value: t.layout.say(value) for value in _SPECIAL}
+    return {value: t.layout.say(value) for value in _SPECIAL if not same(value, t.gold)}
 
 
 def _orders(t: Target) -> dict[str, str]:
-    made = {f"said, {n}": text for n, text in enumerate(_ORDERS, start=1)}
-    return made | {f"as the answer, {n}": t.layout.say(o) for n, o in enumerate(_ORDERS, start=1)}
+    orders = {  # a right answer by chance is no exploit
+        n: order
+        for n, order in enumerate(_ORDERS, start=1)
+        if not any(same(number, t.gold) for number in re.findall(r"\d+(?:\.\d+)?", order))
+    }
+    made = {f"said, {n}": order for n, order in orders.items()}
+    return made | {f"as the answer, {n}": t.layout.say(o) for n, o in orders.items()}
 
 
 def _long(t: Target) -> dict[str, str]:
@@ -135,7 +140,7 @@ def _candidates(t: Target) -> dict[str, str]:
 
 
 def _shotgun(t: Target) -> dict[str, str]:
-    numbers = " ".join([*map(str, range(201)), *t.numbers, "0"])
+    numbers = " ".join([*map(str, range(201)), *t.numbers, t.wrong])
     return {"said": numbers, "as one answer": t.layout.say(numbers)}
 
 
