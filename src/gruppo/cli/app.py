@@ -29,6 +29,8 @@ app: Final = App(
 )
 export: Final = App(name="export", help="Take a run's model or its completions out.")
 app.command(export)
+reward: Final = App(name="reward", help="Find out what a recipe's reward pays for.")
+app.command(reward)
 
 Settings = Annotated[
     tuple[str, ...],
@@ -131,6 +133,62 @@ def evaluate(
     from gruppo.cli import models
 
     return models.evaluate(target, set, step=step, console=Console(), report=_tell)
+
+
+@reward.command(name="test")
+def reward_test(
+    recipe: Recipe,
+    *,
+    set: Settings = (),
+    threshold: float = 0.5,
+    problems: int = 8,
+    samples: int = 0,
+    json: Path | None = None,
+) -> int:
+    """Attack a recipe's reward with made completions; exit code 1 if something is wrong with it.
+
+    Parameters
+    ----------
+    threshold: float
+        An attack with more than this share of the right answer's score is an exploit (0.5).
+    problems: int
+        Problems of the data that attacks are made for (8).
+    samples: int
+        Draw so many completions from the model too: does the reward follow their length?
+    json: Path
+        File to write everything to.
+    """
+    from gruppo.cli.lab import run
+    from gruppo.recipe import load
+
+    return run(
+        load(recipe, set),
+        threshold=threshold,
+        problems=problems,
+        samples=samples,
+        output=json,
+        console=Console(),
+        report=_tell,
+    )
+
+
+@app.command
+def preflight(
+    recipe: Recipe, *, set: Settings = (), groups: int = 32, json: Path | None = None
+) -> int:
+    """Try a recipe on a few groups: what would a run cost, and could it teach anything?
+
+    Parameters
+    ----------
+    groups: int
+        Groups to draw (32).
+    json: Path
+        File to write everything to.
+    """
+    from gruppo.cli.preflight import run
+    from gruppo.recipe import load
+
+    return run(load(recipe, set), groups=groups, output=json, console=Console(), report=_tell)
 
 
 @export.command
