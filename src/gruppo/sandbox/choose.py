@@ -1,0 +1,135 @@
+"""Which box is used: the first that holds against the mini attacks of ``probe``.
+
+Every choice is tried, once per process, before the first program runs: a box that silently lacks
+one of its walls (a container that forbids namespaces, a kernel without Landlock) is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from gruppo.sandbox.base import (
+    Backend,
+    Call,
+    NoSandbox,
+    Outcome,
+    Returned,
+    Sandbox,
+    SandboxFailure,
+)
+from gruppo.sandbox.box import Box
+from gruppo.sandbox.bubblewrap import INSTALL, Bubblewrap
+from gruppo.sandbox.lite import Lite, Unboxed
+from gruppo.sandbox.pool import FreshBox, Pool
+from gruppo.sandbox.probe import HINT
+
+_BACKENDS: Final[dict[str, tuple[Backend, ...]]] = {
+    "auto": (Bubblewrap(), Lite()),
+    "bubblewrap": (Bubblewrap(),),
+    "lite": (Lite(),),
+    "unsafe-none": (Unboxed(),),
+}
+_FIXES: Final = {
+    "bubblewrap": (
+        "as an ordinary user it needs user namespaces: Ubuntu 24.04 wants an AppArmor profile for "
+        "bwrap (or sysctl kernel.apparmor_restrict_unprivileged_userns=0), Docker a seccomp "
+        "profile that allows them; as root it needs CAP_SYS_ADMIN"
+    ),
+    "lite": "it needs Linux 5.13 or newer with Landlock enabled (lsm=landlock,...)",
+}
+_LAST_RESORT: Final = (
+    'Programs are not run without a box, unless the recipe says sandbox = { kind = "unsafe-none" }'
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The backend to use, and what to tell about it: why others were not taken, if any."""
+
+    backend: Backend
+    text: str
+
+
+@cache
+def choose(settings: Sandbox) -> Choice:
+    """The backend for ``settings.kind``, tried.
+
+    Raises:
+        NoSandbox: none holds here; the text names what failed, and the fix.
+    """
+    refusals: list[str] = []
+    for backend in _BACKENDS[settings.kind]:
+        if not backend.sealed:
+            return Choice(
+                backend=backend,
+                text="programs run with NO SANDBOX, with all rights of this process",
+            )
+        refusal = _refusal(backend, settings)
+        if refusal is None:
+            user = "a user of its own" if os.geteuid() == 0 else "this user"
+            text = "; ".join([f"programs run in the {backend.kind} box as {user}", *refusals])
+            return Choice(backend=backend, text=text)
+        refusals.append(f"{backend.kind}: {refusal}")
+    raise NoSandbox(
+        f'sandbox.kind = "{settings.kind}": no box holds here. {". ".join(refusals)}. Install '
+        f"bubblewrap: {INSTALL}. {_LAST_RESORT}"
+    )
+
+
+def _refusal(backend: Backend, settings: Sandbox) -> str | None:
+    """Why a backend cannot be used; None if it can."""
+    quick = replace(settings, cpu_s=max(settings.cpu_s, 5), wall_s=60.0, output_mib=1)
+    pool = Pool(backend, quick, 1)
+    try:
+        won = pool.map(_attack, [quick])[0]
+    except NoSandbox as error:
+        return str(error)
+    finally:
+        pool.close()
+    fix = _FIXES[backend.kind]
+    if isinstance(won, SandboxFailure):
+        return f"{won} ({fix})"
+    if won:
+        told = ", ".join(f"{name} ({HINT.get(name, '')})" for name in won)
+        return f"refused, because a program in it could {told} ({fix})"
+    return None
+
+
+def _attack(fresh: FreshBox, settings: Sandbox) -> list[str]:
+    """Run the mini attacks in a box, with things of the host to go for."""
+    box = fresh()
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
+        os.chmod(folder, 0o777)
+        canary = Path(folder, "canary")
+        canary.write_text("canary")
+        canary.chmod(0o666)
+        facts = {
+            "canary": str(canary),
+            "port": server.getsockname()[1],
+            "pids": [os.getpid()],
+            "folders": [folder, "/tmp/", "/dev/shm", "/var/tmp", "/run", "/", str(Path.home())],
+            "token": secrets.token_hex(8),
+            "memory": settings.memory_mib << 20,
+        }
+        if settings.tmp_mib:  # its own, and it may write there
+            facts["folders"] = [path for path in facts["folders"] if path != "/tmp/"]
+        return _won(box, facts)
+
+
+def _won(box: Box, facts: dict[str, Any]) -> list[str]:
+    loaded = box.load(Path(__file__).with_name("probe.py").read_text(encoding="utf-8"))
+    result = box.call(Call(name="attack", args=(facts,))) if _is_value(loaded) else loaded
+    if isinstance(result, Outcome) or result.error is not None or not isinstance(result.value, list):
+        raise SandboxFailure(f"the mini attacks could not be run: {result}"[:300])
+    return [str(name) for name in result.value]
+
+
+def _is_value(result: Outcome | Returned) -> bool:
+    return isinstance(result, Returned) and result.error is None
