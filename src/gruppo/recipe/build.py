@@ -27,7 +27,7 @@ from gruppo.recipe.problems import (
     prompt_limit,
 )
 from gruppo.recipe.recipe import ModelSection, Recipe
-from gruppo.reward import Function, RewardSet
+from gruppo.reward import Code, Function, RewardSet
 from gruppo.rollout import Rollouts
 
 Report = Callable[[str], None]
@@ -122,12 +122,14 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
     return Opened(loaded=loaded, model=model, encoder=encoder, engine=engine, compute=dtype)
 
 
-def open_rewards(recipe: Recipe) -> RewardSet:
-    """Make the rewards, and start those that run in worker processes (to find a wrong name now)."""
+def open_rewards(recipe: Recipe, report: Report) -> RewardSet:
+    """Make the rewards, and start those that run in other processes (to find what is wrong now)."""
     reward = recipe.reward.build(max_tokens=recipe.rollout.max_tokens)
     for part in reward.parts:
         if isinstance(part.reward, Function):
             part.reward.open()
+        if isinstance(part.reward, Code):
+            report(f"reward {part.name}: {part.reward.open().text}")
     return reward
 
 
@@ -138,7 +140,7 @@ def resolve(recipe: Recipe, report: Report) -> Parts:
         ValueError: something named in the recipe cannot be used as meant.
         OSError: a file, download or hub failed.
     """
-    reward = open_rewards(recipe)
+    reward = open_rewards(recipe, report)
     try:
         with ending_with(reward.close):
             return _resolve(recipe, reward, report)

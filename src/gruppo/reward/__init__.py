@@ -14,6 +14,7 @@ from gruppo.reward.base import (
     refused,
     ungraded,
 )
+from gruppo.reward.code import Code
 from gruppo.reward.control import Random
 from gruppo.reward.countdown import Countdown
 from gruppo.reward.language import LanguageConsistency
@@ -29,6 +30,7 @@ from gruppo.reward.shape import (
 )
 
 KINDS: dict[str, type] = {
+    "code": Code,
     "cosine_length": CosineLength,
     "countdown": Countdown,
     "exact": Exact,
@@ -55,6 +57,7 @@ __all__ = [
     "KINDS",
     "SHAPE_KINDS",
     "BatchReward",
+    "Code",
     "CosineLength",
     "Countdown",
     "Exact",

@@ -1,6 +1,6 @@
 """Running untrusted programs: boxes that return data, and never a verdict.
 
-``choose`` tries what this machine offers and refuses what does not hold; ``pool`` keeps boxes ready.
+``choose`` tries what this machine offers and refuses what does not hold; ``boxes`` keeps boxes ready.
 What a right answer is, the sandbox does not know: see ``gruppo.reward.code``.
 """
 
@@ -14,8 +14,8 @@ from gruppo.sandbox.base import (
     SandboxFailure,
 )
 from gruppo.sandbox.box import Box
-from gruppo.sandbox.choose import Choice, choose
-from gruppo.sandbox.pool import FreshBox, Pool, pool
+from gruppo.sandbox.choose import Choice, boxes, choose
+from gruppo.sandbox.pool import FreshBox, Pool
 from gruppo.sandbox.wire import Unsendable, decode, encode, same
 
 __all__ = [
@@ -31,9 +31,9 @@ __all__ = [
     "Sandbox",
     "SandboxFailure",
     "Unsendable",
+    "boxes",
     "choose",
     "decode",
     "encode",
-    "pool",
     "same",
 ]

@@ -83,10 +83,19 @@ def choose(settings: Sandbox) -> Choice:
     )
 
 
+@cache
+def boxes(settings: Sandbox, workers: int) -> Pool:
+    """The one pool of these settings: records that are equal share their boxes.
+
+    The backend is chosen when the first box is needed; ``map`` raises NoSandbox if none holds.
+    """
+    return Pool(lambda: choose(settings).backend, settings, workers)
+
+
 def _refusal(backend: Backend, settings: Sandbox) -> str | None:
     """Why a backend cannot be used; None if it can."""
     quick = replace(settings, cpu_s=max(settings.cpu_s, 5), wall_s=60.0, output_mib=1)
-    pool = Pool(backend, quick, 1)
+    pool = Pool(lambda: backend, quick, 1)
     try:
         won = pool.map(_attack, [quick])[0]
     except NoSandbox as error:

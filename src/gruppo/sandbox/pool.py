@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import cache
 from queue import SimpleQueue
 from typing import Final, TypeVar
 
@@ -38,8 +37,8 @@ _counter = itertools.count(os.getpid() * 16)
 class Pool:
     """Runs tasks that need boxes, ``workers`` at a time. Usable again after ``close``."""
 
-    def __init__(self, backend: Backend, settings: Sandbox, workers: int) -> None:
-        """Start nothing yet."""
+    def __init__(self, backend: Callable[[], Backend], settings: Sandbox, workers: int) -> None:
+        """Start nothing yet; ``backend`` is asked for when the first box is."""
         self._backend = backend
         self._settings = settings
         self._workers = workers
@@ -57,7 +56,7 @@ class Pool:
         jobs: list[Future] = []
         with self._lock:
             while len(self._slots) < min(self._workers, len(items)):
-                self._slots.append(_Slot(self._backend, self._settings))
+                self._slots.append(_Slot(self._backend(), self._settings))
             queue: SimpleQueue[_Job | None] = SimpleQueue()
             for item in items:
                 future: Future = Future()
@@ -160,9 +159,3 @@ def _kill(pid: int) -> None:
         os.kill(pid, 9)
     except ProcessLookupError:
         return
-
-
-@cache
-def pool(backend: Backend, settings: Sandbox, workers: int) -> Pool:
-    """The one pool of these settings: records that are equal share their boxes."""
-    return Pool(backend, settings, workers)
