@@ -106,7 +106,7 @@ def _(suite: Asserts, fresh: FreshBox, trial: Trial) -> Result:
             if isinstance(returned, Outcome):
                 return Result(passed=passed, total=total, kind=_kind(returned), text=returned.text)
             if returned.error is not None:
-                kind, text = kind or returned.error, text or returned.text
+                kind, text = kind or returned.kind, text or _told(returned)
             tests.answer(returned)
             continue
         right = message.get("passed") is True
@@ -130,7 +130,7 @@ def _verdict(returned: Outcome | Returned, expected: object) -> _Verdict:
     if isinstance(returned, Outcome):
         return _Verdict(right=False, kind=_kind(returned), text=returned.text)
     if returned.error is not None:
-        return _Verdict(right=False, kind=returned.error, text=returned.text)
+        return _Verdict(right=False, kind=returned.kind, text=_told(returned))
     return _Verdict(right=same(expected, returned.value))
 
 
@@ -163,9 +163,13 @@ def _kind(outcome: Outcome) -> str:
     return names.get(outcome.ended, f"exit_{outcome.code}" if outcome.ended == "exit" else "reply")
 
 
+def _told(returned: Returned) -> str:
+    return f"{returned.error}: {returned.text}"[:_TEXT]
+
+
 def _last_line(said: bytes) -> str:
     lines = said.decode(errors="replace").strip().splitlines()
-    return lines[-1][:_TEXT] if lines else ""
+    return ascii(lines[-1][:_TEXT]) if lines else ""
 
 
 def _lines(text: bytes) -> list[bytes]:

@@ -7,6 +7,7 @@ waits on all pipes at once, with a deadline.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 import os
@@ -28,6 +29,11 @@ _START_SECONDS: Final = 60.0
 _GRACE: Final = 1.0  # for a process whose pipes are closed to be gone
 _CHUNK: Final = 1 << 16
 _NAME: Final = 80
+_BUILTIN_ERRORS: Final = frozenset(
+    name
+    for name, value in vars(builtins).items()
+    if isinstance(value, type) and issubclass(value, BaseException)
+)
 
 
 class Box:
@@ -144,6 +150,12 @@ class Box:
         error = {"type": returned.error, "kind": returned.kind, "text": returned.text}
         self._write("commands", _line({"error": error}))
 
+    def kill(self) -> None:
+        """End the program at once; from any thread. ``close`` is still due."""
+        for pid in _children(self._process.pid) or [self._process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def close(self) -> None:
         """End the process and everything in the box, and close the pipes."""
         self._reap(0.0)
@@ -187,8 +199,9 @@ class Box:
                 raise Unsendable("an error that is none")
         except (Unsendable, AttributeError) as wrong:
             return self._end("protocol", str(wrong))
-        name, kind, text = (str(text)[: 4 * _NAME] for text in texts)
-        return Returned(error=name[:_NAME], kind=kind[:_NAME], text=text)
+        name, kind, text = (_printable(str(text))[: 4 * _NAME] for text in texts)
+        known = kind if kind in _BUILTIN_ERRORS else "Exception"
+        return Returned(error=name[:_NAME], kind=known, text=text)
 
     def _reply(self, limit: int) -> Outcome | dict[str, Any]:
         """The next line of replies, as JSON."""
@@ -311,6 +324,11 @@ class Box:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
+
+
+def _printable(text: str) -> str:
+    """Text without control characters, which could steer a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _line(message: dict[str, Any]) -> bytes:

@@ -104,8 +104,8 @@ class _Slot:
         """End the boxes, and the thread after its job."""
         self._closed = True
         self._queues.put(None)
-        for pid in self.pids():
-            _kill(pid)
+        for box in (*self._used, *self._spare):
+            box.kill()
         if threading.current_thread() is not self._thread:
             self._thread.join(5.0)
 
@@ -152,10 +152,3 @@ class _Slot:
 
     def _start(self) -> Box:
         return Box(self._backend, self._settings, _FIRST_UID + next(_counter) % _UIDS)
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, 9)
-    except ProcessLookupError:
-        return
