@@ -56,19 +56,15 @@ def machine() -> str:
     return name
 
 
-def strict(*, pid: int, threads: bool, files: bool, execute: bool = False) -> bytes:
+def strict(*, pid: int, threads: bool, files: bool) -> bytes:
     """The filter under which candidate code runs: compute, read, and write to what is open.
 
     Args:
         pid: process id that it may signal (with ``tgkill``, as ``abort`` does): its own.
         threads: whether it may start threads. It can never start a process.
         files: whether it may change files (where it can open any for writing: its own ``/tmp``).
-        execute: whether one ``execve`` is still to come, of a compiled program. It could be
-            repeated, but only with what the file system holds, and under this filter.
     """
     plain = [*syscalls.COMPUTE, *(syscalls.FILES if files else ())]
-    if execute:
-        plain += ["execve", "arch_prctl", "prlimit64"]
     checked = {"ioctl": (1, _IOCTLS), "fcntl": (1, _FCNTLS), "tgkill": (0, (pid,))}
     refused = {"clone3": _ENOSYS, "openat2": _ENOSYS}
     if threads:
@@ -84,14 +80,6 @@ def launch() -> bytes:
     The in-box driver runs under it, and no candidate does.
     """
     names = dict.fromkeys((*syscalls.COMPUTE, *syscalls.FILES, *syscalls.START))
-    return _program(list(names), {}, {"clone3": _ENOSYS, "openat2": _ENOSYS})
-
-
-def compiler() -> bytes:
-    """The filter of a box that compiles: processes and files, but no network, mount or trace."""
-    names = dict.fromkeys(
-        (*syscalls.COMPUTE, *syscalls.FILES, *syscalls.START, *syscalls.COMPILE)
-    )
     return _program(list(names), {}, {"clone3": _ENOSYS, "openat2": _ENOSYS})
 
 

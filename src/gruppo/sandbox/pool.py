@@ -121,21 +121,27 @@ class _Slot:
             self._spare.popleft().close()
 
     def _one(self, task: Callable[[FreshBox], object], future: Future) -> None:
-        for attempt in range(_TRIES):
+        """Do one task, with all its boxes closed before its result is told."""
+        failure: SandboxFailure | None = None
+        for _ in range(_TRIES):
             try:
-                future.set_result(task(self._fresh))
-                return
-            except SandboxFailure as failure:
-                if attempt == _TRIES - 1 or self._closed:
-                    future.set_result(failure)
-                    return
+                result = task(self._fresh)
+            except SandboxFailure as error:
+                failure = error
+                continue
             except BaseException as error:
                 future.set_exception(error)
                 return
             finally:
-                for box in self._used:
-                    box.close()
-                self._used = []
+                self._close_used()
+            future.set_result(result)
+            return
+        future.set_result(failure)
+
+    def _close_used(self) -> None:
+        for box in self._used:
+            box.close()
+        self._used = []
 
     def _fresh(self) -> Box:
         """A ready box; the next one is started before this one is used."""

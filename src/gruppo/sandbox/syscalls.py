@@ -17,7 +17,6 @@ NUMBERS: Final[dict[str, tuple[int | None, int | None]]] = {
     "capget": (125, 90),
     "capset": (126, 91),
     "chdir": (80, 49),
-    "chmod": (90, None),
     "clock_getres": (229, 114),
     "clock_gettime": (228, 113),
     "clock_nanosleep": (230, 115),
@@ -38,14 +37,10 @@ NUMBERS: Final[dict[str, tuple[int | None, int | None]]] = {
     "exit_group": (231, 94),
     "faccessat": (269, 48),
     "faccessat2": (439, 439),
-    "fadvise64": (221, 223),
     "fallocate": (285, 47),
     "fchdir": (81, 50),
-    "fchmod": (91, 52),
-    "fchmodat": (268, 53),
     "fcntl": (72, 25),
     "fdatasync": (75, 83),
-    "flock": (73, 32),
     "fork": (57, None),
     "fstat": (5, 80),
     "fsync": (74, 82),
@@ -182,24 +177,5 @@ START: Final = tuple(
 execve wait4 waitid prctl arch_prctl prlimit64 setrlimit capget capset setuid setgid setgroups
 setresuid setresgid setreuid setregid setsid seccomp landlock_create_ruleset landlock_add_rule
 landlock_restrict_self kill tgkill tkill fork vfork clone chdir umask signalfd4 ioctl fcntl
-""".split()
-)
-
-COMPILE: Final = tuple(
-    """
-chmod fchmod fchmodat vfork fork clone execve wait4 waitid prlimit64 arch_prctl prctl ioctl
-fcntl tgkill fadvise64 flock
-""".split()
-)
-
-CHECKED: Final = tuple(
-    """
-ioctl fcntl tgkill clone
-""".split()
-)
-
-MISSING: Final = tuple(
-    """
-clone3 openat2
 """.split()
 )
