@@ -1,7 +1,8 @@
 """Runs hostile programs through the code reward in a process of its own, and reports as JSON.
 
-``python attack_child.py UID KINDS WHICH PYTHON FOLDER``: as user UID (0: as it is), in the boxes KINDS (joined
-by commas), WHICH is "quick", "slow" or "harmless"; PYTHON interprets the programs ("": the default).
+``python attack_child.py UID JOBS PYTHON FOLDER``: as user UID (0: as it is); a job is a kind of
+box, a colon and "quick", "slow" or "harmless" (joined by commas); PYTHON interprets the programs
+("": the default).
 Limits are set around all of it, so that an escape would meet them.
 """
 
@@ -90,7 +91,9 @@ def host_state(folder: Path, token: str) -> dict[str, Any]:
     """What must not change."""
     canary = folder / "canary"
     status = canary.stat()
-    scratch = [path for top in ("/tmp", "/dev/shm", "/var/tmp") for path in Path(top).glob(f"*{token}*")]
+    scratch = [
+        path for top in ("/tmp", "/dev/shm", "/var/tmp") for path in Path(top).glob(f"*{token}*")
+    ]
     return {
         "files": sorted(path.name for path in folder.iterdir()),
         "text": canary.read_text(),
@@ -143,13 +146,19 @@ def attack_all(kind: str, which: str, python: str, folder: Path) -> dict[str, An
 
 
 def main() -> None:
-    uid, kinds, which, python, folder = sys.argv[1:]
+    uid, jobs, python, folder = sys.argv[1:]
     limit()
     if int(uid):
         os.setgroups([])
         os.setgid(int(uid))
         os.setuid(int(uid))
-    results = {kind: attack_all(kind, which, python, Path(folder)) for kind in kinds.split(",")}
+    results = {}
+    for job in jobs.split(","):
+        kind, _, which = job.partition(":")
+        place = Path(folder, kind)
+        place.mkdir(mode=0o777)
+        place.chmod(0o777)
+        results[kind] = attack_all(kind, which, python, place)
     print(json.dumps(results))
 
 

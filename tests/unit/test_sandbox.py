@@ -137,7 +137,9 @@ def test_the_filter_names_the_machine_first_and_refuses_the_rest() -> None:
 
 @linux
 def test_a_script_gets_its_input_and_leaves_output_and_status() -> None:
-    outcome = run_script("import sys\nprint(input()[::-1])\nprint('e', file=sys.stderr)\nexit(3)", "abc\n")
+    outcome = run_script(
+        "import sys\nprint(input()[::-1])\nprint('e', file=sys.stderr)\nexit(3)", "abc\n"
+    )
     assert (outcome.ended, outcome.code) == ("exit", 3)
     assert (outcome.stdout, outcome.stderr) == (b"cba\n", b"e\n")
 

@@ -128,10 +128,10 @@ class Code:
 
 
 def last_block(text: str) -> str | None:
-    """The content of the last closed fenced block; None without one.
+    r"""The content of the last closed fenced block; None without one.
 
-    >>> last_block("a\\n```python\\nx = 1\\n```\\nb"), last_block("```\\nnever closed")
-    ('x = 1\\n', None)
+    >>> last_block("a\n```python\nx = 1\n```\nb"), last_block("```\nnever closed")
+    ('x = 1\n', None)
     """
     found, start = None, None
     lines = text.splitlines(keepends=True)

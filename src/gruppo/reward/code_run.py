@@ -79,7 +79,10 @@ def _(suite: Calls, fresh: FreshBox, trial: Trial) -> Result:
         return _verdict(box.call(call), expected)
 
     return _count(
-        [lambda call=call, expected=expected: one(call, expected) for call, expected in suite.cases],
+        [
+            lambda call=call, expected=expected: one(call, expected)
+            for call, expected in suite.cases
+        ],
         fast=trial.fast,
     )
 

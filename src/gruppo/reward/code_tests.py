@@ -1,11 +1,11 @@
-"""The tests of a programming problem, as they stand in the data: three forms, checked once.
+r"""The tests of a programming problem, as they stand in the data: three forms, checked once.
 
 A problem's column (``tests``) holds one object, or its JSON text:
 
-- ``{"stdin": [{"input": "2 3\\n", "output": "5\\n"}, ...]}``: the program is a script;
+- ``{"stdin": [{"input": "2 3\n", "output": "5\n"}, ...]}``: the program is a script;
 - ``{"function": "add", "cases": [{"args": [2, 3], "expected": 5}, ...]}``: ``kwargs`` may be there
-  too; ``"Solution.add"`` calls a method of a fresh object. Values are JSON, and types count: a tuple
-  is written ``{"$tuple": [1, 2]}`` (the other forms are in ``gruppo.sandbox.wire``);
+  too; ``"Solution.add"`` calls a method of a fresh object. Values are JSON, and types count: a
+  tuple is written ``{"$tuple": [1, 2]}`` (the other forms are in ``gruppo.sandbox.wire``);
 - ``{"asserts": ["assert add(2, 3) == 5", ...], "setup": "import math"}``: code of your own, each
   entry a test. Names that it uses and does not make are the program's functions; arguments and
   results must be plain data.

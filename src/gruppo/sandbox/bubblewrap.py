@@ -1,8 +1,8 @@
 """The bubblewrap box: namespaces for everything, a file system of its own, seccomp, limits.
 
-As an ordinary user it makes a user namespace. As root it makes none: a process that is mapped to the
-host's root may write where root may (``/proc/sys``), so the driver inside changes to a user of its own
-instead, and there is no ``/proc`` at all. Every namespace is named: ``--unshare-all`` would go on
+As an ordinary user it makes a user namespace. As root it makes none: a process that is mapped to
+the host's root may write where root may (``/proc/sys``), so the driver inside changes to a user of
+its own instead, and there is no ``/proc`` at all. Every namespace is named: ``--unshare-all`` would go on
 without those that it cannot have.
 """
 
@@ -34,9 +34,7 @@ class Bubblewrap:
         return wrapped(settings, command, uid, library(settings.interpreter))
 
 
-def wrapped(
-    settings: Sandbox, command: tuple[str, ...], uid: int, found: Library
-) -> Launch:
+def wrapped(settings: Sandbox, command: tuple[str, ...], uid: int, found: Library) -> Launch:
     """``command`` in namespaces, with the interpreter's library as its only files."""
     program = shutil.which("bwrap")
     if program is None:

@@ -135,7 +135,11 @@ def _attack(fresh: FreshBox, settings: Sandbox) -> list[str]:
 def _won(box: Box, facts: dict[str, Any]) -> list[str]:
     loaded = box.load(Path(__file__).with_name("probe.py").read_text(encoding="utf-8"))
     result = box.call(Call(name="attack", args=(facts,))) if _is_value(loaded) else loaded
-    if isinstance(result, Outcome) or result.error is not None or not isinstance(result.value, list):
+    if (
+        isinstance(result, Outcome)
+        or result.error is not None
+        or not isinstance(result.value, list)
+    ):
         raise SandboxFailure(f"the mini attacks could not be run: {result}"[:300])
     return [str(name) for name in result.value]
 

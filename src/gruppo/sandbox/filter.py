@@ -4,7 +4,8 @@ Everything that is not allowed fails with EPERM (a program sees an error and may
 another machine word (32-bit calls, x32) kill the process. What files a program may open is not
 decided here but by the mount namespace and Landlock.
 
-Source: Linux, ``Documentation/userspace-api/seccomp_filter.rst``; opcodes of ``linux/bpf_common.h``.
+Source: Linux, ``Documentation/userspace-api/seccomp_filter.rst``; opcodes of
+``linux/bpf_common.h``.
 """
 
 from __future__ import annotations

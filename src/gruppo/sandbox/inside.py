@@ -9,8 +9,8 @@ waits; one job comes, the last rights go, and candidate code runs. Three kinds o
 - ``tests``: trusted test code runs here, and the candidate's functions are stand-ins that ask
   the host to call them in another box.
 
-Nothing here is a verdict, and nothing that the candidate can reach here is worth reaching. This file
-is loaded inside the box and imports the standard library alone.
+Nothing here is a verdict, and nothing that the candidate can reach here is worth reaching. This
+file is loaded inside the box and imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def _tests(channel: Channel, job: dict[str, Any]) -> None:
     for number, test in enumerate(job["tests"]):
         source = f"{job['setup']}\n{test}"
         result = _outcome(lambda source=source: _run_test(channel, source))
-        channel.send({"test": number, "passed": "error" not in result, "error": result.get("error")})
+        channel.send(
+            {"test": number, "passed": "error" not in result, "error": result.get("error")}
+        )
 
 
 def _run_test(channel: Channel, source: str) -> None:

@@ -151,31 +151,150 @@ NUMBERS: Final[dict[str, tuple[int | None, int | None]]] = {
     "writev": (20, 66),
 }
 
-COMPUTE: Final = tuple(
-    """
-read write readv writev pread64 close close_range lseek dup dup2 dup3 pipe pipe2 poll ppoll
-select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2 open openat stat fstat
-lstat newfstatat statx access faccessat faccessat2 readlink readlinkat getdents64 getcwd brk
-mmap munmap mprotect mremap madvise mincore msync futex set_robust_list get_robust_list rseq
-membarrier sched_yield sched_getaffinity nanosleep clock_nanosleep clock_gettime clock_getres
-gettimeofday time times getrusage sysinfo uname getpid getppid gettid getpgrp getpgid getsid
-getuid geteuid getgid getegid getgroups getresuid getresgid getrlimit alarm setitimer getitimer
-rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait sigaltstack
-pause restart_syscall set_tid_address exit exit_group getrandom
-""".split()
+COMPUTE: Final = (
+    "read",
+    "write",
+    "readv",
+    "writev",
+    "pread64",
+    "close",
+    "close_range",
+    "lseek",
+    "dup",
+    "dup2",
+    "dup3",
+    "pipe",
+    "pipe2",
+    "poll",
+    "ppoll",
+    "select",
+    "pselect6",
+    "epoll_create1",
+    "epoll_ctl",
+    "epoll_wait",
+    "epoll_pwait",
+    "eventfd2",
+    "open",
+    "openat",
+    "stat",
+    "fstat",
+    "lstat",
+    "newfstatat",
+    "statx",
+    "access",
+    "faccessat",
+    "faccessat2",
+    "readlink",
+    "readlinkat",
+    "getdents64",
+    "getcwd",
+    "brk",
+    "mmap",
+    "munmap",
+    "mprotect",
+    "mremap",
+    "madvise",
+    "mincore",
+    "msync",
+    "futex",
+    "set_robust_list",
+    "get_robust_list",
+    "rseq",
+    "membarrier",
+    "sched_yield",
+    "sched_getaffinity",
+    "nanosleep",
+    "clock_nanosleep",
+    "clock_gettime",
+    "clock_getres",
+    "gettimeofday",
+    "time",
+    "times",
+    "getrusage",
+    "sysinfo",
+    "uname",
+    "getpid",
+    "getppid",
+    "gettid",
+    "getpgrp",
+    "getpgid",
+    "getsid",
+    "getuid",
+    "geteuid",
+    "getgid",
+    "getegid",
+    "getgroups",
+    "getresuid",
+    "getresgid",
+    "getrlimit",
+    "alarm",
+    "setitimer",
+    "getitimer",
+    "rt_sigaction",
+    "rt_sigprocmask",
+    "rt_sigreturn",
+    "rt_sigpending",
+    "rt_sigsuspend",
+    "rt_sigtimedwait",
+    "sigaltstack",
+    "pause",
+    "restart_syscall",
+    "set_tid_address",
+    "exit",
+    "exit_group",
+    "getrandom",
 )
 
-FILES: Final = tuple(
-    """
-chdir fchdir mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 ftruncate fsync
-fdatasync pwrite64 fallocate umask
-""".split()
+FILES: Final = (
+    "chdir",
+    "fchdir",
+    "mkdir",
+    "mkdirat",
+    "rmdir",
+    "unlink",
+    "unlinkat",
+    "rename",
+    "renameat",
+    "renameat2",
+    "ftruncate",
+    "fsync",
+    "fdatasync",
+    "pwrite64",
+    "fallocate",
+    "umask",
 )
 
-START: Final = tuple(
-    """
-execve wait4 waitid prctl arch_prctl prlimit64 setrlimit capget capset setuid setgid setgroups
-setresuid setresgid setreuid setregid setsid seccomp landlock_create_ruleset landlock_add_rule
-landlock_restrict_self kill tgkill tkill fork vfork clone chdir umask signalfd4 ioctl fcntl
-""".split()
+START: Final = (
+    "execve",
+    "wait4",
+    "waitid",
+    "prctl",
+    "arch_prctl",
+    "prlimit64",
+    "setrlimit",
+    "capget",
+    "capset",
+    "setuid",
+    "setgid",
+    "setgroups",
+    "setresuid",
+    "setresgid",
+    "setreuid",
+    "setregid",
+    "setsid",
+    "seccomp",
+    "landlock_create_ruleset",
+    "landlock_add_rule",
+    "landlock_restrict_self",
+    "kill",
+    "tgkill",
+    "tkill",
+    "fork",
+    "vfork",
+    "clone",
+    "chdir",
+    "umask",
+    "signalfd4",
+    "ioctl",
+    "fcntl",
 )

@@ -2,7 +2,7 @@
 
 Plain values are plain JSON; what JSON lacks is an object with one key that begins with "$":
 ``$tuple``, ``$set``, ``$frozenset``, ``$dict`` (pairs), ``$bytes`` (hex), ``$int`` (hex, beyond 53
-bits), ``$float`` (nan, inf, -inf), ``$complex``. Types are exact: a subclass of ``int`` is no value.
+bits), ``$float`` (nan, inf, -inf), ``$complex``. Types are exact: no subclass is a value.
 
 The trusted side never rebuilds a value that came out of a box: it checks the JSON (``check``) and
 compares JSON with JSON (``same``). So no ``__eq__`` of the box runs, and no set of numbers made to
@@ -217,7 +217,7 @@ def _children(data: dict[str, Any]) -> list[Any]:
 
 
 def _ordered(data: Any) -> str:
-    """One text for all forms of equal values. ``True``, ``1`` and ``1.0`` are written differently."""
+    """One text for all forms of equal values; ``True``, ``1`` and ``1.0`` have different ones."""
     return json.dumps(_sorted(data), sort_keys=True)
 
 

@@ -1,8 +1,8 @@
 """Small programming tasks: write a Python function of a list of numbers, in one to three steps.
 
-A task is a chain of operations on a list ("keep the even numbers", "double each", "add them up"). Its
-tests are made by running the chain here, so they are right by construction; a reference program is
-the answer. The names, the wording and the numbers are drawn; no problem needs a download.
+A task is a chain of operations on a list ("keep the even numbers", "double each", "add them up").
+Its tests are made by running the chain here, so they are right by construction; a reference program
+is the answer. The names, the wording and the numbers are drawn; no problem needs a download.
 """
 
 from __future__ import annotations
@@ -102,7 +102,10 @@ _STEPS: Final = (
     ),
     _Step(
         "unique",
-        ("drop repeated numbers, keeping the first of each", "keep each number only once, in order"),
+        (
+            "drop repeated numbers, keeping the first of each",
+            "keep each number only once, in order",
+        ),
         "list(dict.fromkeys(x))",
         lambda x, k: list(dict.fromkeys(x)),
     ),
@@ -132,7 +135,7 @@ class CodeTasks:
 
     ``info["tests"]`` holds the cases for the reward ``code``, as JSON; ``answer`` is a program that
     passes them. The first case is always the empty list. The split key is the chain of operations
-    without its numbers, wording or function name, so that no task of a held-out chain is in training.
+    without numbers, wording or function name, so that no task of a held-out chain is in training.
 
     Args:
         steps: operations on the list, 1 to 3, before the result.
