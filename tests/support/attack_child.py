@@ -25,7 +25,8 @@ from gruppo.sandbox.bundle import BOOT
 from gruppo.types import Completion, Problem, Score
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.attacks import ATTACKS, HARMLESS, HONEST, Attack
+from support.attack import HONEST, Attack
+from support.attacks import ATTACKS, HARMLESS
 
 ANSWERS = {3: 10**12 + secrets.randbelow(10**12), 5: 10**12 + secrets.randbelow(10**12)}
 

@@ -1,6 +1,6 @@
 """Running untrusted programs: boxes that return data, and never a verdict.
 
-``choose`` tries what this machine offers and refuses what does not hold; ``boxes`` keeps some ready.
+``choose`` tries what this machine offers and refuses what does not hold; ``boxes`` keeps a few.
 What a right answer is, the sandbox does not know: see ``gruppo.reward.code``.
 """
 

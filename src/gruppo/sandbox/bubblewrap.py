@@ -2,8 +2,8 @@
 
 As an ordinary user it makes a user namespace. As root it makes none: a process that is mapped to
 the host's root may write where root may (``/proc/sys``), so the driver inside changes to a user of
-its own instead, and there is no ``/proc`` at all. Every namespace is named: ``--unshare-all`` would go on
-without those that it cannot have.
+its own instead, and there is no ``/proc`` at all. Every namespace is named: ``--unshare-all`` would
+go on without those that it cannot have.
 """
 
 from __future__ import annotations

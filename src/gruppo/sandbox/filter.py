@@ -66,7 +66,11 @@ def strict(*, pid: int, threads: bool, files: bool) -> bytes:
         files: whether it may change files (where it can open any for writing: its own ``/tmp``).
     """
     plain = [*syscalls.COMPUTE, *(syscalls.FILES if files else ())]
-    checked = {"ioctl": (1, _IOCTLS), "fcntl": (1, _FCNTLS), "tgkill": (0, (pid,))}
+    checked: dict[str, tuple[int, Sequence[int]]] = {
+        "ioctl": (1, _IOCTLS),
+        "fcntl": (1, _FCNTLS),
+        "tgkill": (0, (pid,)),
+    }
     refused = {"clone3": _ENOSYS, "openat2": _ENOSYS}
     if threads:
         checked["clone"] = (0, _THREAD_FLAGS)

@@ -57,7 +57,7 @@ class Pool:
         with self._lock:
             while len(self._slots) < min(self._workers, len(items)):
                 self._slots.append(_Slot(self._backend(), self._settings))
-            queue: SimpleQueue[_Job | None] = SimpleQueue()
+            queue: SimpleQueue[_Job] = SimpleQueue()
             for item in items:
                 future: Future = Future()
                 jobs.append(future)

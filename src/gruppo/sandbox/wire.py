@@ -213,7 +213,7 @@ def _children(data: dict[str, Any]) -> list[Any]:
         raise Unsendable(f"{tag[:20]!r} is no form of a value")
     if tag == "$dict" and any(not isinstance(pair, list) or len(pair) != 2 for pair in inner):
         raise Unsendable("$dict must hold pairs")
-    return [] if text else inner
+    return list(inner) if isinstance(inner, list) else []
 
 
 def _ordered(data: Any) -> str:
