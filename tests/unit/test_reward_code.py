@@ -236,6 +236,7 @@ def test_code_tasks_answers_pass_their_own_tests(reward: Code) -> None:
     assert reward.score_batch(groups) == [[1.0]] * 12
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_a_step(tiny_folder: Path, tmp_path: Path) -> None:
     settings = [
         f"model.name={tiny_folder}",

@@ -31,13 +31,13 @@ class Sandbox:
     install), and refuses if neither holds. "unsafe-none" runs programs with the rights of the
     training process, and must be asked for by name.
 
-    Time is judged by processor seconds: ``cpu_s``, which a busy machine does not shorten.
+    Time is judged by processor seconds, ``cpu_s``, which a busy machine does not shorten.
     ``wall_s`` on the clock is only a backstop, ten times as much unless given. ``memory_mib``
-    bounds the address space. ``processes`` above 1 allows as many threads; no program can start a process.
-    There is no file to write, unless ``tmp_mib`` makes a private ``/tmp`` (bubblewrap only) for
-    files of up to ``file_mib``. ``output_mib`` bounds each of output, error output and results.
-    ``python`` is the interpreter of the programs ("": the one that runs gruppo), with its standard
-    library alone.
+    bounds the address space. ``processes`` above 1 allows as many threads; no program can start a
+    process. There is no file to write, unless ``tmp_mib`` makes a private ``/tmp`` (bubblewrap
+    only) for files of up to ``file_mib``. ``output_mib`` bounds each of output, error output and
+    results. ``python`` is the interpreter of the programs ("": the one that runs gruppo), with its
+    standard library alone.
 
     Raises:
         ValueError: a limit out of its range.
