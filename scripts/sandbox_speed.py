@@ -1,4 +1,4 @@
-"""How many small programs a second each kind of box runs: ``python scripts/sandbox_speed.py [N]``."""
+"""Programs per second in each kind of box: ``python scripts/sandbox_speed.py [PROGRAMS]``."""
 
 import sys
 import time
