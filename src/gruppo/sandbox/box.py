@@ -79,9 +79,11 @@ class Box:
                 pass_fds=(inner["commands"], inner["replies"], *descriptors),
                 start_new_session=True,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             for descriptor in outer.values():
                 os.close(descriptor)
+            if isinstance(error, ValueError):  # what was asked for cannot be had
+                raise
             raise SandboxFailure(f"{backend.kind}: {error}") from error
         finally:
             for descriptor in (*inner.values(), *descriptors):

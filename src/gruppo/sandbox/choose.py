@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,7 +29,6 @@ from gruppo.sandbox.box import Box
 from gruppo.sandbox.bubblewrap import INSTALL, Bubblewrap
 from gruppo.sandbox.lite import Lite, Unboxed
 from gruppo.sandbox.pool import FreshBox, Pool
-from gruppo.sandbox.probe import HINT
 
 _BACKENDS: Final[dict[str, tuple[Backend, ...]]] = {
     "auto": (Bubblewrap(), Lite()),
@@ -43,6 +43,23 @@ _FIXES: Final = {
         "profile that allows them; as root it needs CAP_SYS_ADMIN"
     ),
     "lite": "it needs Linux 5.13 or newer with Landlock enabled (lsm=landlock,...)",
+}
+_HINTS: Final = {
+    "read a file of the host": "files are not isolated",
+    "write a file of the host": "files are not isolated",
+    "make a file": "a folder of the host can be written to",
+    "change the mode of a file": "seccomp is not in force",
+    "open a kernel setting for writing": "it runs as the host's root",
+    "connect to the host": "the network is not isolated",
+    "start a process": "seccomp is not in force",
+    "signal the host": "process ids or seccomp are not isolated",
+    "trace a process": "seccomp is not in force",
+    "become root": "rights were kept",
+    "make a user namespace": "seccomp is not in force",
+    "make a file in memory": "seccomp is not in force",
+    "raise a limit": "limits are not in force",
+    "take twice the memory": "limits are not in force",
+    "read an environment": "processes are not isolated",
 }
 _LAST_RESORT: Final = (
     'Programs are not run without a box, unless the recipe says sandbox = { kind = "unsafe-none" }'
@@ -64,6 +81,11 @@ def choose(settings: Sandbox) -> Choice:
     Raises:
         NoSandbox: none holds here; the text names what failed, and the fix.
     """
+    if sys.platform != "linux":
+        raise NoSandbox(
+            f'sandbox.kind = "{settings.kind}": boxes need Linux, and this is {sys.platform}; '
+            "run in a Linux container or virtual machine"
+        )
     refusals: list[str] = []
     for backend in _BACKENDS[settings.kind]:
         if not backend.sealed:
@@ -106,7 +128,7 @@ def _refusal(backend: Backend, settings: Sandbox) -> str | None:
     if isinstance(won, SandboxFailure):
         return f"{won} ({fix})"
     if won:
-        told = ", ".join(f"{name} ({HINT.get(name, '')})" for name in won)
+        told = ", ".join(f"{name} ({_HINTS.get(name, '')})" for name in won)
         return f"refused, because a program in it could {told} ({fix})"
     return None
 

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Final, TypeVar
 
 from gruppo.sandbox.base import Backend, Sandbox, SandboxFailure
@@ -115,8 +115,12 @@ class _Slot:
 
     def _run(self) -> None:
         while (queue := self._queues.get()) is not None and not self._closed:
-            while not queue.empty() and not self._closed:
-                self._one(*queue.get())
+            while not self._closed:
+                try:
+                    job = queue.get_nowait()
+                except Empty:
+                    break
+                self._one(*job)
         while self._spare:
             self._spare.popleft().close()
 

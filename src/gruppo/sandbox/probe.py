@@ -14,24 +14,6 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-HINT = {
-    "read a file of the host": "files are not isolated",
-    "write a file of the host": "files are not isolated",
-    "make a file": "a folder of the host can be written to",
-    "change the mode of a file": "seccomp is not in force",
-    "open a kernel setting for writing": "it runs as the host's root",
-    "connect to the host": "the network is not isolated",
-    "start a process": "seccomp is not in force",
-    "signal the host": "process ids or seccomp are not isolated",
-    "trace a process": "seccomp is not in force",
-    "become root": "rights were kept",
-    "make a user namespace": "seccomp is not in force",
-    "make a file in memory": "seccomp is not in force",
-    "raise a limit": "limits are not in force",
-    "take twice the memory": "limits are not in force",
-    "read an environment": "processes are not isolated",
-}
-
 
 def attack(facts: dict[str, Any]) -> list[str]:
     """Names of the mini attacks that succeeded."""
