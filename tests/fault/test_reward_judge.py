@@ -9,7 +9,7 @@ from gruppo.recipe.build import open_rewards
 from gruppo.reward import GradingModel, Judge, Pairwise, Part, RewardSet, Service, Verifier
 from gruppo.reward.quoting import nonce
 from gruppo.types import Completion, Message, Problem
-from support.http import answering, chat
+from support.http_server import answering, chat
 from support.scores import count_failures
 
 PROBLEM = Problem(id="p", prompt=(Message("user", "Name a prime."),), answer="7")
@@ -333,7 +333,7 @@ def test_model_based_kinds_in_a_recipe(tmp_path, monkeypatch):
         'kind = "verifier"\n' + named,
         'kind = "remote"\n',
     ):
-        built = open_rewards(recipe(tmp_path, text + service_lines)).parts[0].reward
+        built = open_rewards(recipe(tmp_path, text + service_lines), print).parts[0].reward
         assert built.service == Service(url="http://127.0.0.1:9/v1", key_env="JUDGE_KEY")
         if "model" in text:
             assert built.model == GradingModel(name="m", temperature=0.5, keep="none")
@@ -368,7 +368,7 @@ def test_a_missing_key_ends_the_run_before_it_starts(tmp_path, monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     text = 'kind = "remote"\nservice = { url = "http://h", key_env = "NO_SUCH_KEY" }\n'
     with pytest.raises(ValueError, match="'NO_SUCH_KEY': this environment variable is not set"):
-        open_rewards(recipe(tmp_path, text))
+        open_rewards(recipe(tmp_path, text), print)
 
 
 def test_judge_questions_run_side_by_side_up_to_the_bound():

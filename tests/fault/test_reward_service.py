@@ -11,7 +11,7 @@ import pytest
 from gruppo.reward import Part, Remote, RewardSet, Service
 from gruppo.reward.service import Client, Lost
 from gruppo.types import Completion, Message, Problem
-from support.http import answering
+from support.http_server import answering
 from support.scores import count_failures
 
 KEY = "planted-key-0123456789abcdef"

@@ -59,7 +59,7 @@ def run(
         )
     if not 0 < threshold < 1:
         raise ValueError(f"threshold = {threshold}: must lie between 0 and 1, such as 0.5")
-    reward = open_rewards(recipe)
+    reward = open_rewards(recipe, report)
     try:
         splits = open_problems(
             recipe.data, lambda messages: (), report, max_prompt_tokens=_ANY_LENGTH

@@ -38,7 +38,7 @@ def evaluate(
         report,
         max_prompt_tokens=prompt_limit(recipe, context_length(opened.model)),
     )
-    reward = open_rewards(recipe)
+    reward = open_rewards(recipe, report)
     try:
         evaluator = make_evaluator(recipe, opened, reward, problems)
         if evaluator is None:

@@ -36,7 +36,7 @@ from gruppo.recipe.problems import (
     prompt_limit,
 )
 from gruppo.recipe.recipe import ModelSection, Recipe
-from gruppo.reward import Opens, RewardSet
+from gruppo.reward import Code, Opens, RewardSet
 from gruppo.rollout import Rollouts
 
 Report = Callable[[str], None]
@@ -136,12 +136,14 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
     )
 
 
-def open_rewards(recipe: Recipe) -> RewardSet:
-    """Make the rewards and open them: a wrong name, a missing key or model is found now."""
+def open_rewards(recipe: Recipe, report: Report) -> RewardSet:
+    """Make the rewards and open them: a wrong name, a missing key or sandbox is found now."""
     device = _device(recipe.model.device)
     reward = recipe.reward.build(max_tokens=recipe.rollout.max_tokens, device=device)
     for part in reward.parts:
-        if isinstance(part.reward, Opens):
+        if isinstance(part.reward, Code):
+            report(f"reward {part.name}: {part.reward.open().text}")
+        elif isinstance(part.reward, Opens):
             part.reward.open()
     return reward
 
@@ -153,7 +155,7 @@ def resolve(recipe: Recipe, report: Report) -> Parts:
         ValueError: something named in the recipe cannot be used as meant.
         OSError: a file, download or hub failed.
     """
-    reward = open_rewards(recipe)
+    reward = open_rewards(recipe, report)
     try:
         with ending_with(reward.close):
             return _resolve(recipe, reward, report)

@@ -25,6 +25,7 @@ from gruppo.recipe.load import from_table
 from gruppo.recipe.recipe import Recipe
 from gruppo.recipe.source import override, parse
 from gruppo.record import Database, RunDirectory, Tracker, check_unused, client_of
+from gruppo.reward import Code
 from gruppo.train import Run, TrainState
 from gruppo.types import Callback, Listener
 
@@ -82,7 +83,9 @@ def start(
         parts = _resolve(stack, recipe, report)
         _check_space(parts, path)
         asked = {key: value for key, value in _chosen(recipe) if value == "auto"}
-        meta = {"asked": asked} if asked else {}
+        meta: dict[str, object] = {"asked": asked} if asked else {}
+        if boxes := _sandboxes(parts):
+            meta["sandbox"] = boxes
         existed = path.exists()
         directory = stack.enter_context(RunDirectory.create(path, dump(parts.recipe), meta=meta))
         try:
@@ -97,6 +100,12 @@ def start(
         run = _run(parts, directory, database, state=None, budget=budget)
         run = _told(run, callbacks, listeners, trackers)
         yield Session(directory=directory, database=database, parts=parts, run=run, state=None)
+
+
+def _sandboxes(parts: Parts) -> dict[str, str]:
+    """How the programs of each code reward are run, in words."""
+    rewards = {part.name: part.reward for part in parts.reward.parts}
+    return {name: code.open().text for name, code in rewards.items() if isinstance(code, Code)}
 
 
 @contextmanager

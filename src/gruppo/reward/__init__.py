@@ -14,6 +14,7 @@ from gruppo.reward.base import (
     refused,
     ungraded,
 )
+from gruppo.reward.code import Code
 from gruppo.reward.control import Random
 from gruppo.reward.countdown import Countdown
 from gruppo.reward.grader import GradingModel
@@ -35,6 +36,7 @@ from gruppo.reward.shape import (
 )
 
 KINDS: dict[str, type] = {
+    "code": Code,
     "cosine_length": CosineLength,
     "countdown": Countdown,
     "exact": Exact,
@@ -66,6 +68,7 @@ __all__ = [
     "KINDS",
     "SHAPE_KINDS",
     "BatchReward",
+    "Code",
     "CosineLength",
     "Countdown",
     "Exact",

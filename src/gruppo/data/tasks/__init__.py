@@ -8,12 +8,14 @@ from typing import Any
 
 from gruppo.data.tasks.arithmetic import Arithmetic, Comparison
 from gruppo.data.tasks.base import Item, Task
+from gruppo.data.tasks.code import CodeTasks
 from gruppo.data.tasks.countdown import Countdown
 from gruppo.data.tasks.word_problems import WordProblems
 from gruppo.data.tasks.words import LastWord, Letters, ReverseWords
 
 TASKS: dict[str, type[Any]] = {
     "arithmetic": Arithmetic,
+    "code_tasks": CodeTasks,
     "comparison": Comparison,
     "countdown": Countdown,
     "last_word": LastWord,
@@ -25,6 +27,7 @@ TASKS: dict[str, type[Any]] = {
 __all__ = [
     "TASKS",
     "Arithmetic",
+    "CodeTasks",
     "Comparison",
     "Countdown",
     "Item",

@@ -1,0 +1,198 @@
+"""Small programming tasks: write a Python function of a list of numbers, in one to three steps.
+
+A task is a chain of operations on a list ("keep the even numbers", "double each", "add them up").
+Its tests are made by running the chain here, so they are right by construction; a reference program
+is the answer. The names, the wording and the numbers are drawn; no problem needs a download.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from gruppo.data.keyed import Draws
+from gruppo.data.tasks.base import Item, check_whole
+
+Numbers = list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One operation: how it is said, how it is written (of ``x``), and what it does."""
+
+    name: str
+    said: tuple[str, ...]
+    code: str
+    run: Callable[[Numbers, int], Numbers]
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The last operation, which makes one number of the list."""
+
+    name: str
+    said: tuple[str, ...]
+    code: str
+    run: Callable[[Numbers], int]
+
+
+# "{k}" is a number drawn for the task.
+_STEPS: Final = (
+    _Step(
+        "even",
+        ("keep only the even numbers", "drop every odd number"),
+        "[n for n in x if n % 2 == 0]",
+        lambda x, k: [n for n in x if n % 2 == 0],
+    ),
+    _Step(
+        "odd",
+        ("keep only the odd numbers", "drop every even number"),
+        "[n for n in x if n % 2 == 1]",
+        lambda x, k: [n for n in x if n % 2 == 1],
+    ),
+    _Step(
+        "above",
+        ("keep only the numbers above {k}", "drop the numbers that are {k} or less"),
+        "[n for n in x if n > {k}]",
+        lambda x, k: [n for n in x if n > k],
+    ),
+    _Step(
+        "add",
+        ("add {k} to each number", "increase every number by {k}"),
+        "[n + {k} for n in x]",
+        lambda x, k: [n + k for n in x],
+    ),
+    _Step(
+        "times",
+        ("multiply each number by {k}", "replace every number by {k} times itself"),
+        "[n * {k} for n in x]",
+        lambda x, k: [n * k for n in x],
+    ),
+    _Step(
+        "square",
+        ("square each number", "replace every number by its square"),
+        "[n * n for n in x]",
+        lambda x, k: [n * n for n in x],
+    ),
+    _Step(
+        "reverse",
+        ("reverse the list", "turn the order of the numbers around"),
+        "x[::-1]",
+        lambda x, k: x[::-1],
+    ),
+    _Step(
+        "sort",
+        ("sort the numbers from small to large", "put the numbers in ascending order"),
+        "sorted(x)",
+        lambda x, k: sorted(x),
+    ),
+    _Step(
+        "first",
+        ("keep only the first {k} numbers", "drop everything after the first {k} numbers"),
+        "x[:{k}]",
+        lambda x, k: x[:k],
+    ),
+    _Step(
+        "skip",
+        ("drop the first {k} numbers", "leave out the first {k} numbers"),
+        "x[{k}:]",
+        lambda x, k: x[k:],
+    ),
+    _Step(
+        "unique",
+        (
+            "drop repeated numbers, keeping the first of each",
+            "keep each number only once, in order",
+        ),
+        "list(dict.fromkeys(x))",
+        lambda x, k: list(dict.fromkeys(x)),
+    ),
+)
+_ENDS: Final = (
+    _End("sum", ("their sum", "the sum of the numbers"), "sum(x)", sum),
+    _End("count", ("how many there are", "the number of entries left"), "len(x)", len),
+    _End(
+        "largest",
+        ("the largest one, or 0 if there is none", "their maximum, 0 if nothing is left"),
+        "max(x, default=0)",
+        lambda x: max(x, default=0),
+    ),
+    _End(
+        "smallest",
+        ("the smallest one, or 0 if there is none", "their minimum, 0 if nothing is left"),
+        "min(x, default=0)",
+        lambda x: min(x, default=0),
+    ),
+)
+_NAMES: Final = ("solve", "transform", "process", "compute", "work_out", "apply_steps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeTasks:
+    """Write a function that does a few things to a list of whole numbers.
+
+    ``info["tests"]`` holds the cases for the reward ``code``, as JSON; ``answer`` is a program that
+    passes them. The first case is always the empty list. The split key is the chain of operations
+    without numbers, wording or function name, so that no task of a held-out chain is in training.
+
+    Args:
+        steps: operations on the list, 1 to 3, before the result.
+        cases: test cases, 2 to 20.
+        shown: cases that the question shows as examples, fewer than ``cases``.
+
+    >>> item = CodeTasks()(seed=0, index=0)
+    >>> "def " in item.answer and item.info["tests"].startswith('{"function"')
+    True
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    steps: int = 2
+    cases: int = 6
+    shown: int = 1
+
+    def __post_init__(self) -> None:
+        check_whole("steps", self.steps, least=1, most=3)
+        check_whole("cases", self.cases, least=2, most=20)
+        check_whole("shown", self.shown, least=0, most=self.cases - 1)
+
+    def __call__(self, seed: int, index: int) -> Item:
+        """Return task ``index`` of the sequence under ``seed``."""
+        draws = Draws("code_tasks", seed, index)
+        steps = [(step, draws.between(2, 5)) for step in draws.pick(_STEPS, self.steps)]
+        end = draws.choice((None, *_ENDS))
+        name = draws.choice(_NAMES)
+        said = [draws.choice(step.said).format(k=k) for step, k in steps]
+        result = "the resulting list" if end is None else draws.choice(end.said)
+
+        def run(numbers: Numbers) -> Numbers | int:
+            for step, k in steps:
+                numbers = step.run(numbers, k)
+            return numbers if end is None else end.run(numbers)
+
+        inputs = [[], *(self._numbers(draws) for _ in range(self.cases - 1))]
+        cases = [{"args": [numbers], "expected": run(list(numbers))} for numbers in inputs]
+        shown = "".join(
+            f"\nExample: {name}({numbers}) returns {run(list(numbers))}."
+            for numbers in inputs[1 : 1 + self.shown]
+        )
+        return Item(
+            question=(
+                f"Write a Python function {name}(x) of a list of whole numbers: "
+                f"{', then '.join(said)}, and return {result}.{shown}"
+            ),
+            answer=_program(name, steps, end),
+            keys=(" ".join([*(step.name for step, _ in steps), end.name if end else "list"]),),
+            info={"tests": json.dumps({"function": name, "cases": cases})},
+        )
+
+    def _numbers(self, draws: Draws) -> Numbers:
+        """A list with some repetitions and some order, so that each operation shows."""
+        return [draws.between(0, 12) for _ in range(draws.between(5, 9))]
+
+
+def _program(name: str, steps: Sequence[tuple[_Step, int]], end: _End | None) -> str:
+    lines = [f"    x = {step.code.format(k=k)}" for step, k in steps]
+    return "\n".join([f"def {name}(x):", *lines, f"    return {end.code if end else 'x'}"])

@@ -1,0 +1,159 @@
+"""The code reward: a program is taken out of a completion and run against tests, in a box.
+
+It judges what a program returns or prints, never how it looks. How programs are isolated is the
+sandbox's matter (``gruppo.sandbox``); what the tests are, the data's (``code_tests``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import ClassVar, Final, Literal
+
+from gruppo.reward.base import GroupRows, Value, refused, ungraded
+from gruppo.reward.code_run import Result, Trial, WrongTests, run
+from gruppo.reward.code_tests import Suite, read_suite
+from gruppo.reward.extract import after_thinking
+from gruppo.sandbox import Choice, Sandbox, SandboxFailure, boxes, choose
+from gruppo.types import Completion, Problem
+
+_MAX_SOURCE: Final = 100_000  # characters; a program that is longer is no answer to a problem
+_TEMPLATES: Final = {"last_block": "```python\n{answer}\n```", "all": "{answer}"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Code:
+    """The share of its tests that a completion's Python program passes.
+
+    The program is the last fenced block after ``</think>`` (``extract = "all"``: all of the text
+    there). The tests stand in the problem's column ``column``, in one of the forms of
+    ``code_tests``. ``score = "all"`` gives 1 only if every test passes, and stops at the first that
+    fails.
+
+    ``sandbox`` says how programs are run: see ``gruppo.sandbox.Sandbox``. Standard input cases get
+    a fresh box each; function cases and assertions one for the program (and one for the test code).
+    A program that crashes or runs out of time, memory or output fails the tests that are left;
+    with none passed it scores the part's minimum, counted by kind. Where the sandbox itself or the
+    tests fail, the row is unscored.
+
+    Raises:
+        ValueError: no workers.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    kind: Literal["code"] = "code"
+    column: str = "tests"
+    extract: Literal["last_block", "all"] = "last_block"
+    score: Literal["fraction", "all"] = "fraction"
+    workers: int = 2
+    sandbox: Sandbox = field(default_factory=Sandbox)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.workers <= 256:
+            raise ValueError(f"code.workers = {self.workers}: must be from 1 to 256")
+
+    def open(self) -> Choice:
+        """Choose the box and try it.
+
+        Raises:
+            NoSandbox: none holds here; the text says how to get one.
+        """
+        return choose(self.sandbox)
+
+    def template(self) -> str:
+        """A completion with ``{answer}`` where the program is read."""
+        return _TEMPLATES[self.extract]
+
+    def __call__(self, problem: Problem, completions: Sequence[Completion]) -> list[Value]:
+        """Grade one group."""
+        return self.score_batch([(problem, completions)])[0]
+
+    def score_batch(self, groups: Sequence[GroupRows]) -> list[list[Value]]:
+        """Grade all groups: their programs run side by side, each different one once."""
+        prepared = [self._prepare(*group) for group in groups]
+        trials = [trial for row in prepared for trial in row if isinstance(trial, Trial)]
+        slots: dict[tuple[int, str], int] = {}
+        distinct: list[Trial] = []
+        for trial in trials:
+            if slots.setdefault(_identity(trial), len(distinct)) == len(distinct):
+                distinct.append(trial)
+        results = boxes(self.sandbox, self.workers).map(run, distinct) if distinct else []
+        return [
+            [
+                self._value(results[slots[_identity(entry)]]) if isinstance(entry, Trial) else entry
+                for entry in row
+            ]
+            for row in prepared
+        ]
+
+    def close(self) -> None:
+        """End the boxes."""
+        boxes(self.sandbox, self.workers).close()
+
+    def _prepare(self, problem: Problem, completions: Sequence[Completion]) -> list[Value | Trial]:
+        """Take the programs out of the completions; what has none is decided here."""
+        if self.column not in problem.info:
+            return [
+                ungraded("gold_missing", f"problem {problem.id!r} has no column {self.column!r}")
+            ] * len(completions)
+        try:
+            suite = _suite(_key(problem.info[self.column]))
+        except (ValueError, SyntaxError, TypeError, RecursionError) as error:
+            text = f"problem {problem.id!r}, column {self.column!r}: {error}"
+            return [ungraded("gold_unreadable", text)] * len(completions)
+        return [self._trial(completion.text, suite) for completion in completions]
+
+    def _trial(self, text: str, suite: Suite) -> Value | Trial:
+        answer = after_thinking(text)
+        source = answer if self.extract == "all" else last_block(answer)
+        if source is None or not source.strip():
+            return refused("no_program", "no fenced block with a program")
+        if len(source) > _MAX_SOURCE:
+            return refused("oversize", f"a program of {len(source)} characters")
+        return Trial(source=source, suite=suite, fast=self.score == "all")
+
+    def _value(self, result: Result | WrongTests | SandboxFailure) -> Value:
+        if isinstance(result, SandboxFailure):
+            return ungraded("sandbox", str(result))
+        if isinstance(result, WrongTests):
+            return ungraded("tests_wrong", str(result))
+        share = result.passed / result.total
+        value = share if self.score == "fraction" else float(result.passed == result.total)
+        if value == 0 and result.kind:
+            return refused(result.kind, result.text or result.kind)
+        return value
+
+
+def last_block(text: str) -> str | None:
+    r"""The content of the last closed fenced block; None without one.
+
+    >>> last_block("a\n```python\nx = 1\n```\nb"), last_block("```\nnever closed")
+    ('x = 1\n', None)
+    """
+    found, start = None, None
+    lines = text.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        bare = line.strip()
+        if start is None and bare.startswith("```") and "`" not in bare[3:]:
+            start = number + 1
+        elif start is not None and bare == "```":
+            found, start = "".join(lines[start:number]), None
+    return found
+
+
+def _identity(trial: Trial) -> tuple[int, str]:
+    """Equal for equal programs of one problem: suites are cached, so one object each."""
+    return id(trial.suite), trial.source
+
+
+def _key(column: object) -> str:
+    """The column as text, to cache what it means."""
+    return column if isinstance(column, str) else json.dumps(column)
+
+
+@lru_cache(maxsize=4096)
+def _suite(column: str) -> Suite:
+    return read_suite(column)

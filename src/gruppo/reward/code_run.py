@@ -1,0 +1,183 @@
+"""Running a program against its tests, and comparing: the trusted side of the code reward.
+
+Boxes give data; here it is compared with what was expected, which never enters a box with the
+program. Test code of the data runs in a box of its own and calls the program in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any, Final
+
+from gruppo.reward.code_tests import Asserts, Calls, Streams, Suite
+from gruppo.sandbox import Call, FreshBox, Outcome, Returned, Unsendable, same
+from gruppo.sandbox.wire import check
+
+_TEXT: Final = 200
+
+
+class WrongTests(RuntimeError):
+    """The tests themselves failed, without the program having done anything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A program to be run against its tests; ``fast`` stops at the first that fails."""
+
+    source: str
+    suite: Suite
+    fast: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """How many tests passed, and how the first failure looked (``kind`` "" if it was an answer)."""
+
+    passed: int
+    total: int
+    kind: str = ""
+    text: str = ""
+
+
+def run(fresh: FreshBox, trial: Trial) -> Result | WrongTests:
+    """Run a program against its tests in fresh boxes."""
+    try:
+        return _run(trial.suite, fresh, trial)
+    except WrongTests as error:
+        return error
+
+
+@singledispatch
+def _run(suite: Suite, fresh: FreshBox, trial: Trial) -> Result:
+    raise AssertionError(f"no such tests: {suite}")
+
+
+@_run.register
+def _(suite: Streams, fresh: FreshBox, trial: Trial) -> Result:
+    def one(case: tuple[str, str]) -> _Verdict:
+        given, expected = case
+        box = fresh()
+        outcome = box.script(trial.source, given.encode(errors="surrogatepass"))
+        box.close()
+        if outcome.ended != "exit" or outcome.code != 0:
+            return _Verdict(kind=_kind(outcome), text=_last_line(outcome.stderr), right=False)
+        return _Verdict(right=_lines(outcome.stdout) == _lines(expected.encode()))
+
+    return _count([lambda case=case: one(case) for case in suite.cases], fast=trial.fast)
+
+
+@_run.register
+def _(suite: Calls, fresh: FreshBox, trial: Trial) -> Result:
+    box = fresh()
+    loaded = _verdict(box.load(trial.source), None)
+    if not loaded.right:
+        return Result(passed=0, total=len(suite.cases), kind=loaded.kind, text=loaded.text)
+
+    def one(call: Call, expected: object) -> _Verdict:
+        return _verdict(box.call(call), expected)
+
+    return _count(
+        [
+            lambda call=call, expected=expected: one(call, expected)
+            for call, expected in suite.cases
+        ],
+        fast=trial.fast,
+    )
+
+
+@_run.register
+def _(suite: Asserts, fresh: FreshBox, trial: Trial) -> Result:
+    total = len(suite.tests)
+    program = fresh()
+    loaded = _verdict(program.load(trial.source), None)
+    if not loaded.right:
+        return Result(passed=0, total=total, kind=loaded.kind, text=loaded.text)
+    tests = fresh()
+    tests.begin_tests(suite.setup, list(suite.tests))
+    passed, seen, calls, kind, text = 0, 0, 0, "", ""
+    while seen < total:
+        message = tests.next_message()
+        if isinstance(message, Outcome):
+            if not calls:
+                raise WrongTests(f"test {seen} ended by itself: {_kind(message)}")
+            return Result(passed=passed, total=total, kind="tests", text=_kind(message))
+        if "call" in message:
+            calls += 1
+            returned = program.call(_call(message))
+            if isinstance(returned, Outcome):
+                return Result(passed=passed, total=total, kind=_kind(returned), text=returned.text)
+            if returned.error is not None:
+                kind, text = kind or returned.kind, text or _told(returned)
+            tests.answer(returned)
+            continue
+        right = message.get("passed") is True
+        if not right and not calls:
+            raise WrongTests(f"test {seen} fails without calling anything: {message.get('error')}")
+        passed, seen, calls = passed + right, seen + 1, 0
+        if not right and trial.fast:
+            break
+    return Result(passed=passed, total=total, kind=kind, text=text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Verdict:
+    right: bool
+    kind: str = ""
+    text: str = ""
+
+
+def _verdict(returned: Outcome | Returned, expected: object) -> _Verdict:
+    """Compare what a call gave with what it should give."""
+    if isinstance(returned, Outcome):
+        return _Verdict(right=False, kind=_kind(returned), text=returned.text)
+    if returned.error is not None:
+        return _Verdict(right=False, kind=returned.kind, text=_told(returned))
+    return _Verdict(right=same(expected, returned.value))
+
+
+def _count(cases: list[Callable[[], _Verdict]], *, fast: bool) -> Result:
+    """Run cases in order; those after the first failure are left out if nobody asks for them."""
+    passed, first = 0, _Verdict(right=True)
+    for case in cases:
+        verdict = case()
+        passed += verdict.right
+        if not verdict.right and (first.right or not first.kind):
+            first = verdict
+        if not verdict.right and fast:
+            break
+    return Result(passed=passed, total=len(cases), kind=first.kind, text=first.text)
+
+
+def _call(message: dict[str, Any]) -> Call:
+    """A call that test code asked for."""
+    try:
+        return Call(
+            name=str(message["call"]), args=tuple(check(message["args"])), kwargs=message["kwargs"]
+        )
+    except (Unsendable, KeyError, TypeError) as error:
+        raise WrongTests(f"the test code called with {error}") from error
+
+
+def _kind(outcome: Outcome) -> str:
+    """A short name for how a program ended."""
+    names = {"cpu": "timeout", "wall": "timeout", "output": "oversize", "signal": "crash"}
+    return names.get(outcome.ended, f"exit_{outcome.code}" if outcome.ended == "exit" else "reply")
+
+
+def _told(returned: Returned) -> str:
+    return f"{returned.error}: {returned.text}"[:_TEXT]
+
+
+def _last_line(said: bytes) -> str:
+    lines = said.decode(errors="replace").strip().splitlines()
+    return ascii(lines[-1][:_TEXT]) if lines else ""
+
+
+def _lines(text: bytes) -> list[bytes]:
+    """Lines without trailing white space, and without empty lines at the end."""
+    lines = [line.rstrip() for line in text.split(b"\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines

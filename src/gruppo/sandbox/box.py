@@ -1,0 +1,355 @@
+"""One box from the host's side: a process, its pipes, and what may come out of them.
+
+A box is used for one program and never again. Everything it says is untrusted: streams are cut at
+a limit, a line that is no reply to what was asked ends the box. The host never blocks on it: it
+waits on all pipes at once, with a deadline.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from gruppo.sandbox import filter as seccomp
+from gruppo.sandbox.base import Backend, Call, Outcome, Returned, Sandbox, SandboxFailure
+from gruppo.sandbox.bundle import BOOT, payload
+from gruppo.sandbox.wire import Unsendable, check
+
+_START_SECONDS: Final = 60.0
+_GRACE: Final = 1.0  # for a process whose pipes are closed to be gone
+_CHUNK: Final = 1 << 16
+_NAME: Final = 80
+_BUILTIN_ERRORS: Final = frozenset(
+    name
+    for name, value in vars(builtins).items()
+    if isinstance(value, type) and issubclass(value, BaseException)
+)
+
+
+class Box:
+    """A started box. ``wait_ready`` first, then one of ``script``, ``load`` or ``begin_tests``."""
+
+    def __init__(self, backend: Backend, settings: Sandbox, uid: int) -> None:
+        """Start the process; the calling thread must outlive it (it dies with that thread).
+
+        Raises:
+            SandboxFailure: it could not be started.
+        """
+        self._settings = settings
+        self._sealed = backend.sealed
+        self._ended: Outcome | None = None
+        self._said: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
+        self._pending = bytearray()
+        self._began = time.monotonic()
+        self._deadline = self._began + _START_SECONDS
+        self._status: int | None = None
+        self._selector = selectors.DefaultSelector()
+        self._sending: dict[int, memoryview] = {}
+        self._open: dict[int, str] = {}
+        self._start(backend, uid)
+
+    def _start(self, backend: Backend, uid: int) -> None:
+        pipes = {name: os.pipe() for name in ("commands", "replies", "stdin", "stdout", "stderr")}
+        inner = {n: p[0] if n in ("commands", "stdin") else p[1] for n, p in pipes.items()}
+        outer = {n: p[1] if n in ("commands", "stdin") else p[0] for n, p in pipes.items()}
+        descriptors: tuple[int, ...] = ()
+        try:
+            numbers = (str(inner["commands"]), str(inner["replies"]))
+            python = self._settings.interpreter
+            command = (python, "-I", "-S", "-B", "-c", BOOT, *numbers)
+            plan = backend.launch(self._settings, command, uid)
+            descriptors = plan.descriptors
+            self._process = subprocess.Popen(
+                plan.argv,
+                stdin=inner["stdin"],
+                stdout=inner["stdout"],
+                stderr=inner["stderr"],
+                env={},
+                cwd="/",
+                pass_fds=(inner["commands"], inner["replies"], *descriptors),
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            for descriptor in outer.values():
+                os.close(descriptor)
+            if isinstance(error, ValueError):  # what was asked for cannot be had
+                raise
+            raise SandboxFailure(f"{backend.kind}: {error}") from error
+        finally:
+            for descriptor in (*inner.values(), *descriptors):
+                os.close(descriptor)
+        for name, descriptor in outer.items():
+            os.set_blocking(descriptor, False)
+            self._open[descriptor] = name
+            if name not in ("commands", "stdin"):
+                self._selector.register(descriptor, selectors.EVENT_READ)
+        self._write("commands", payload(python) + _line(dict(plan.config)))
+
+    @property
+    def pid(self) -> int:
+        """Process id, on the host, of the outermost process."""
+        return self._process.pid
+
+    def wait_ready(self) -> None:
+        """Wait until the box has taken its rights away.
+
+        Raises:
+            SandboxFailure: it could not. No candidate code has run.
+        """
+        reply = self._reply(_CHUNK)
+        if isinstance(reply, dict) and isinstance(number := reply.get("ready"), int):
+            self._number = number
+            return
+        self.close()
+        if isinstance(reply, dict):
+            raise SandboxFailure(f"the box could not lock itself: {reply.get('failed')}")
+        said = bytes(self._said["stderr"][-400:]).decode(errors="replace").strip()
+        raise SandboxFailure(f"the box did not start ({reply.ended} {reply.code}): {said}")
+
+    def script(self, source: str, stdin: bytes) -> Outcome:
+        """Run a program as a script, to its end."""
+        self._begin({"mode": "script", "source": source})
+        self._write("stdin", stdin)
+        return self._until(lambda: False)
+
+    def load(self, source: str) -> Outcome | Returned:
+        """Load a program whose functions will be called."""
+        ident = self._begin({"mode": "serve", "source": source})
+        self._shut("stdin")
+        return self._returned(ident)
+
+    def call(self, call: Call) -> Outcome | Returned:
+        """Call a function of the loaded program."""
+        ident = secrets.token_hex(16)
+        order = {"id": ident, "name": call.name, "args": call.args, "kwargs": dict(call.kwargs)}
+        self._write("commands", _line(order))
+        return self._returned(ident)
+
+    def begin_tests(self, setup: str, tests: list[str]) -> None:
+        """Start trusted test code; ``next_message`` gives what it asks and says."""
+        self._begin({"mode": "tests", "setup": setup, "tests": tests})
+        self._shut("stdin")
+
+    def next_message(self) -> Outcome | dict[str, Any]:
+        """The next line of trusted test code."""
+        return self._reply(self._settings.output)
+
+    def answer(self, returned: Returned) -> None:
+        """Answer a call that test code made."""
+        if returned.error is None:
+            self._write("commands", _line({"value": returned.value}))
+            return
+        error = {"type": returned.error, "kind": returned.kind, "text": returned.text}
+        self._write("commands", _line({"error": error}))
+
+    def kill(self) -> None:
+        """End the program at once; from any thread. ``close`` is still due."""
+        for pid in _children(self._process.pid) or [self._process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process and everything in the box, and close the pipes."""
+        self._reap(0.0)
+        for descriptor in list(self._open):
+            self._forget(descriptor)
+        self._selector.close()
+
+    def _begin(self, job: dict[str, Any]) -> str:
+        """Send the job; once the box says "sealed", whatever happens is the program's doing."""
+        ident = secrets.token_hex(16)
+        settings = self._settings
+        program = b""
+        if self._sealed:
+            program = seccomp.strict(
+                pid=self._number, threads=settings.processes > 1, files=settings.tmp_mib > 0
+            )
+        order = {**job, "id": ident, "filter": program.hex(), "cpu_s": settings.cpu_s}
+        self._deadline = time.monotonic() + settings.wall
+        self._write("commands", _line(order))
+        reply = self._reply(_CHUNK)
+        if isinstance(reply, dict) and reply.get("sealed") is True:
+            self._began = time.monotonic()
+            return ident
+        self.close()
+        said = bytes(self._said["stderr"][-400:]).decode(errors="replace").strip()
+        raise SandboxFailure(f"the box did not seal itself: {said}")
+
+    def _returned(self, ident: str) -> Outcome | Returned:
+        """The reply to the request ``ident``; any other line ends the box."""
+        reply = self._reply(self._settings.output)
+        if isinstance(reply, Outcome):
+            return reply
+        error = reply.get("error")
+        try:
+            if reply.get("id") != ident or not ({"value", "error"} & reply.keys()):
+                raise Unsendable("a reply to nothing that was asked")
+            if error is None:
+                return Returned(value=check(reply.get("value")))
+            texts = [error.get(key) for key in ("type", "kind", "text")]
+            if not all(isinstance(text, str) for text in texts):
+                raise Unsendable("an error that is none")
+        except (Unsendable, AttributeError) as wrong:
+            return self._end("protocol", str(wrong))
+        name, kind, text = (_printable(str(text))[: 4 * _NAME] for text in texts)
+        known = kind if kind in _BUILTIN_ERRORS else "Exception"
+        return Returned(error=name[:_NAME], kind=known, text=text)
+
+    def _reply(self, limit: int) -> Outcome | dict[str, Any]:
+        """The next line of replies, as JSON."""
+        ended = self._until(lambda: b"\n" in self._pending, limit)
+        if b"\n" not in self._pending:
+            return ended
+        line, _, rest = bytes(self._pending).partition(b"\n")
+        self._pending = bytearray(rest)
+        try:
+            reply = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            return self._end("protocol", f"no JSON: {error}"[:_NAME])
+        return reply if isinstance(reply, dict) else self._end("protocol", "no JSON object")
+
+    def _until(self, done: Callable[[], bool], limit: int = 0) -> Outcome:
+        """Move data until ``done`` or the box has ended; the outcome counts in the latter case."""
+        if self._ended is not None:
+            return self._ended
+        limit = limit or self._settings.output
+        while not done():
+            remaining = self._deadline - time.monotonic()
+            if remaining <= 0:
+                return self._end("wall")
+            if not self._reading():
+                return self._end(None)
+            for key, _ in self._selector.select(remaining):
+                self._move(key.fd)
+            if any(len(said) > limit for said in (*self._said.values(), self._pending)):
+                return self._end("output")
+        return Outcome(ended="exit")
+
+    def _reading(self) -> bool:
+        """Whether something may still come; not so once replies (of a script: all) are closed."""
+        names = set(self._open.values())
+        return bool(names & {"stdout", "stderr", "replies"})
+
+    def _move(self, descriptor: int) -> None:
+        name = self._open.get(descriptor)
+        if name in ("commands", "stdin"):
+            self._flush(descriptor)
+            return
+        try:
+            chunk = os.read(descriptor, _CHUNK)
+        except BlockingIOError:
+            return
+        target = self._pending if name == "replies" else self._said[str(name)]
+        target += chunk
+        if not chunk:
+            self._forget(descriptor)
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Queue data for the box, and send what goes at once."""
+        descriptor = next((d for d, known in self._open.items() if known == name), None)
+        if descriptor is None:
+            return  # it has closed its end, and will be judged by what it says
+        rest = bytes(self._sending.pop(descriptor, b"")) + data
+        if descriptor in self._selector.get_map():
+            self._selector.unregister(descriptor)
+        self._sending[descriptor] = memoryview(rest)
+        self._selector.register(descriptor, selectors.EVENT_WRITE)
+        self._flush(descriptor)
+
+    def _flush(self, descriptor: int) -> None:
+        view = self._sending[descriptor]
+        try:
+            view = view[os.write(descriptor, view) :] if view else view
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self._forget(descriptor)
+            return
+        self._sending[descriptor] = view
+        if not view:
+            self._selector.unregister(descriptor)
+            del self._sending[descriptor]
+            if self._open[descriptor] == "stdin":
+                self._forget(descriptor)  # the end of the input
+
+    def _shut(self, name: str) -> None:
+        for descriptor in [d for d, known in self._open.items() if known == name]:
+            self._forget(descriptor)
+
+    def _forget(self, descriptor: int) -> None:
+        if descriptor in self._selector.get_map():
+            self._selector.unregister(descriptor)
+        self._sending.pop(descriptor, None)
+        del self._open[descriptor]
+        os.close(descriptor)
+
+    def _end(self, ended: str | None, text: str = "") -> Outcome:
+        """Kill the box and say how it ended; ``ended`` None leaves that to its exit status."""
+        status = self._reap(_GRACE if ended is None else 0.0)
+        code: int | None = None
+        if ended is None:
+            long = time.monotonic() - self._began >= self._settings.cpu_s - 0.2
+            ended, code = _read_status(status, long=long)
+        self._ended = Outcome(
+            ended=ended,  # type: ignore[arg-type]
+            code=code,
+            stdout=bytes(self._said["stdout"]),
+            stderr=bytes(self._said["stderr"]),
+            text=text,
+        )
+        return self._ended
+
+    def _reap(self, patience: float) -> int:
+        """Wait ``patience`` seconds for the process, then kill it; its exit status."""
+        if self._status is None:
+            self._status = self._wait(patience)
+            if self._status is None:  # inner processes first: their parent then waits for them
+                for pid in (*_children(self._process.pid), self._process.pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                    self._status = self._wait(_GRACE)
+        return self._process.wait() if self._status is None else self._status
+
+    def _wait(self, seconds: float) -> int | None:
+        """The exit status, if the process ends within that time."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+def _printable(text: str) -> str:
+    """Text without control characters, which could steer a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def _read_status(code: int, *, long: bool) -> tuple[str, int]:
+    """How a process ended, by its exit code (bubblewrap adds 128 to a signal's number).
+
+    The limit of processor time kills; so may the kernel for memory, but hardly after so ``long``.
+    """
+    number = -code if code < 0 else code - 128 if code > 128 else 0
+    if number == signal.SIGKILL and long:
+        return "cpu", number
+    return ("signal", number) if number else ("exit", code)
+
+
+def _children(pid: int) -> list[int]:
+    """Direct children of a process: the first process of its pid namespace, if it has one."""
+    with contextlib.suppress(OSError, ValueError):
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []

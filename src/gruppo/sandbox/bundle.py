@@ -1,0 +1,76 @@
+"""The code that a box needs, in one piece that is sent into it: no file of ours is in the box."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import marshal
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+_FOLDER: Final = Path(__file__).parent
+_MODULES: Final = ("wire", "lockdown", "inside")
+
+# Reads a length and that many bytes from a descriptor, makes our modules, and hands over.
+BOOT: Final = """
+import sys, marshal, types, os
+commands, replies = int(sys.argv[1]), int(sys.argv[2])
+data = b""
+while len(data) < 8 or len(data) < 8 + int.from_bytes(data[:8], "big"):
+    chunk = os.read(commands, 1 << 16)
+    if not chunk:
+        os._exit(1)
+    data += chunk
+size = int.from_bytes(data[:8], "big")
+for name in ("gruppo", "gruppo.sandbox"):
+    module = types.ModuleType(name)
+    module.__path__ = []
+    sys.modules[name] = module
+for name, code in marshal.loads(data[8:8 + size]):
+    module = types.ModuleType("gruppo.sandbox." + name)
+    sys.modules[module.__name__] = module
+    setattr(sys.modules["gruppo.sandbox"], name, module)
+    exec(code, module.__dict__)
+sys.modules["gruppo.sandbox.inside"].main(commands, replies, data[8 + size:])
+"""
+
+
+@cache
+def payload(python: str) -> bytes:
+    """The modules as the bytes that ``BOOT`` reads, compiled if ``python`` reads our byte code.
+
+    Raises:
+        OSError: there is no such interpreter.
+        ValueError: it is none, or older than 3.9.
+    """
+    own = importlib.util.MAGIC_NUMBER
+    alike = magic(python) == own
+    modules = []
+    for name in _MODULES:
+        text = (_FOLDER / f"{name}.py").read_text(encoding="utf-8")
+        code = compile(text, f"<box {name}>", "exec", dont_inherit=True) if alike else text
+        modules.append((name, code))
+    # version 2 is read by every interpreter
+    data = marshal.dumps(modules) if alike else marshal.dumps(modules, 2)
+    return len(data).to_bytes(8, "big") + data
+
+
+@cache
+def magic(python: str) -> bytes:
+    """The number of the byte code that an interpreter reads."""
+    ask = (
+        "import importlib.util, json, sys;"
+        "print(json.dumps([list(sys.version_info[:2]), importlib.util.MAGIC_NUMBER.hex()]))"
+    )
+    answer = subprocess.run(
+        [python, "-I", "-S", "-c", ask], capture_output=True, timeout=60, check=False
+    )
+    try:
+        version, number = json.loads(answer.stdout)
+    except ValueError:
+        raise ValueError(f"sandbox.python = {python!r}: this is no Python interpreter") from None
+    if tuple(version) < (3, 10):
+        raise ValueError(f"sandbox.python = {python!r}: Python 3.10 or newer is needed")
+    return bytes.fromhex(number)

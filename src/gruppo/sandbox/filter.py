@@ -1,0 +1,127 @@
+"""Seccomp filters as bytes: allow-lists in the kernel's classic BPF, made without a library.
+
+Everything that is not allowed fails with EPERM (a program sees an error and may go on); calls of
+another machine word (32-bit calls, x32) kill the process. What files a program may open is not
+decided here but by the mount namespace and Landlock.
+
+Source: Linux, ``Documentation/userspace-api/seccomp_filter.rst``; opcodes of
+``linux/bpf_common.h``.
+"""
+
+from __future__ import annotations
+
+import platform
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from gruppo.sandbox import syscalls
+
+_LOAD: Final = 0x20  # BPF_LD | BPF_W | BPF_ABS
+_EQUAL: Final = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
+_AT_LEAST: Final = 0x35  # BPF_JMP | BPF_JGE | BPF_K
+_RETURN: Final = 0x06  # BPF_RET | BPF_K
+_ALLOW: Final = 0x7FFF0000
+_KILL: Final = 0x80000000  # SECCOMP_RET_KILL_PROCESS
+_ERRNO: Final = 0x00050000
+_EPERM, _EAGAIN, _ENOSYS = 1, 11, 38
+_NR, _ARCH, _ARGS = 0, 4, 16  # offsets in struct seccomp_data
+_X32: Final = 0x40000000
+
+# machine: (AUDIT_ARCH_*, column of syscalls.NUMBERS)
+_MACHINES: Final = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+
+# isatty (TCGETS), FIONREAD, FIONBIO, FIOCLEX and FIONCLEX, window size. No TIOCSTI, which types
+# into a terminal, and no FIOSETOWN, which sends signals.
+_IOCTLS: Final = (0x5401, 0x541B, 0x5421, 0x5451, 0x5450, 0x5413)
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ. No F_SETOWN and
+# F_SETSIG: together they make the kernel send any signal, SIGKILL too, to a process of one's uid.
+_FCNTLS: Final = (0, 1, 2, 3, 4, 1030, 1032)
+# The flags with which glibc and musl start a thread; every other clone makes a process.
+_THREAD_FLAGS: Final = (0x003D0F00, 0x007D0F00)
+
+Instruction = tuple[int, int, int, int]
+
+
+def machine() -> str:
+    """This machine's name.
+
+    Raises:
+        ValueError: the filter knows no system calls of this machine.
+    """
+    name = platform.machine()
+    if name not in _MACHINES:
+        raise ValueError(
+            f"sandbox: no system call filter for {name}; it knows {', '.join(_MACHINES)}"
+        )
+    return name
+
+
+def strict(*, pid: int, threads: bool, files: bool) -> bytes:
+    """The filter under which candidate code runs: compute, read, and write to what is open.
+
+    Args:
+        pid: process id that it may signal (with ``tgkill``, as ``abort`` does): its own.
+        threads: whether it may start threads. It can never start a process.
+        files: whether it may change files (where it can open any for writing: its own ``/tmp``).
+    """
+    plain = [*syscalls.COMPUTE, *(syscalls.FILES if files else ())]
+    checked: dict[str, tuple[int, Sequence[int]]] = {
+        "ioctl": (1, _IOCTLS),
+        "fcntl": (1, _FCNTLS),
+        "tgkill": (0, (pid,)),
+    }
+    refused = {"clone3": _ENOSYS, "openat2": _ENOSYS}
+    if threads:
+        checked["clone"] = (0, _THREAD_FLAGS)
+    else:
+        refused["clone"] = _EAGAIN
+    return _program(plain, checked, refused)
+
+
+def launch() -> bytes:
+    """The filter of a box from its start: it may still drop its user and seal itself.
+
+    The in-box driver runs under it, and no candidate does.
+    """
+    names = dict.fromkeys((*syscalls.COMPUTE, *syscalls.FILES, *syscalls.START))
+    return _program(list(names), {}, {"clone3": _ENOSYS, "openat2": _ENOSYS})
+
+
+def _program(
+    plain: Sequence[str],
+    checked: dict[str, tuple[int, Sequence[int]]],
+    refused: dict[str, int],
+) -> bytes:
+    """Assemble: check the machine, then each call in turn, then refuse."""
+    arch, column = _MACHINES[machine()]
+    code: list[Instruction] = [
+        (_LOAD, 0, 0, _ARCH),
+        (_EQUAL, 1, 0, arch),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, _NR),
+        (_AT_LEAST, 0, 1, _X32),
+        (_RETURN, 0, 0, _KILL),
+    ]
+    for name in plain:
+        code += _on(name, column, [(_RETURN, 0, 0, _ALLOW)])
+    for name, (argument, values) in checked.items():
+        code += _on(name, column, _one_of(argument, values))
+    for name, errno in refused.items():
+        code += _on(name, column, [(_RETURN, 0, 0, _ERRNO | errno)])
+    code.append((_RETURN, 0, 0, _ERRNO | _EPERM))
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
+
+
+def _on(name: str, column: int, then: list[Instruction]) -> list[Instruction]:
+    """``then`` for one call; nothing where this machine has no such call."""
+    number = syscalls.NUMBERS[name][column]
+    return [] if number is None else [(_EQUAL, 0, len(then), number), *then]
+
+
+def _one_of(argument: int, values: Iterable[int]) -> list[Instruction]:
+    """Allow if the low half of an argument is one of ``values``: the kernel reads 32 bits here."""
+    code: list[Instruction] = [(_LOAD, 0, 0, _ARGS + 8 * argument)]
+    for value in values:
+        code += [(_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
+    return [*code, (_RETURN, 0, 0, _ERRNO | _EPERM)]

@@ -1,0 +1,206 @@
+"""Inside a box: the driver that takes one job and runs it. It knows no expected answer.
+
+First the host's configuration is applied (``lockdown``), then the box reports that it is ready and
+waits; one job comes, the last rights go, and candidate code runs. Three kinds of jobs:
+
+- ``script``: the program runs as ``__main__`` with the pipes as its standard streams;
+- ``serve``: the program is loaded, then its functions are called one by one; every call carries a
+  random id that its reply must carry too, and replies are plain data;
+- ``tests``: trusted test code runs here, and the candidate's functions are stand-ins that ask
+  the host to call them in another box.
+
+Nothing here is a verdict, and nothing that the candidate can reach here is worth reaching. This
+file is loaded inside the box and imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Final
+
+from gruppo.sandbox import lockdown
+from gruppo.sandbox.wire import decode, encode
+
+_TEXT: Final = 300
+
+
+class Channel:
+    """JSON lines with the host: commands come in, replies go out."""
+
+    def __init__(self, commands: int, replies: int, pending: bytes) -> None:
+        self._commands = commands
+        self._replies = replies
+        self._pending = pending
+
+    def receive(self) -> dict[str, Any]:
+        """The next command; ends the process where there is none."""
+        while b"\n" not in self._pending:
+            chunk = os.read(self._commands, 1 << 16)
+            if not chunk:
+                os._exit(0)
+            self._pending += chunk
+        line, _, self._pending = self._pending.partition(b"\n")
+        return json.loads(line)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one reply, whole."""
+        view = memoryview(json.dumps(message).encode() + b"\n")
+        while view:
+            view = view[os.write(self._replies, view) :]
+
+    def close(self) -> None:
+        """A script has standard streams alone."""
+        os.close(self._commands)
+        os.close(self._replies)
+
+
+def main(commands: int, replies: int, pending: bytes) -> None:
+    """Apply the configuration, say so, take the job and run it."""
+    channel = Channel(commands, replies, pending)
+    config = channel.receive()
+    try:
+        if config["path"] is not None:
+            _reopen(config["path"])
+        lockdown.drop(config)
+    except Exception as error:
+        channel.send({"failed": f"{type(error).__name__}: {error}"[:_TEXT]})
+        os._exit(1)
+    # which the site module, left out here, would have made
+    builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
+    channel.send({"ready": os.getpid()})
+    job = channel.receive()
+    lockdown.seal(bytes.fromhex(job["filter"]), job["cpu_s"])
+    channel.send({"sealed": True})
+    _MODES[job["mode"]](channel, job)
+
+
+def _reopen(prefix: str) -> None:
+    """Reach modules by way of an open folder: the new user may not be able to walk to it."""
+    folder = f"/proc/self/fd/{os.open(prefix, os.O_PATH)}"
+    packages = [module.__dict__.get("__path__") for module in list(sys.modules.values())]
+    for paths in (sys.path, *packages):
+        if isinstance(paths, list):
+            paths[:] = [folder + p[len(prefix) :] if p.startswith(prefix) else p for p in paths]
+
+
+def _script(channel: Channel, job: dict[str, Any]) -> None:
+    channel.close()
+    sys.argv = ["main.py"]
+    module = ModuleType("__main__")
+    sys.modules["__main__"] = module
+    exec(compile(job["source"], "main.py", "exec"), module.__dict__)
+
+
+def _serve(channel: Channel, job: dict[str, Any]) -> None:
+    module = ModuleType("candidate")
+    sys.modules["candidate"] = module
+    channel.send({"id": job["id"], **_outcome(lambda: _load(job["source"], module))})
+    while True:
+        call = channel.receive()
+        channel.send({"id": call["id"], **_outcome(lambda call=call: _answer(module, call))})
+
+
+def _load(source: str, module: ModuleType) -> None:
+    exec(compile(source, "candidate.py", "exec"), module.__dict__)
+
+
+def _answer(module: ModuleType, call: dict[str, Any]) -> object:
+    """Call ``name`` (``f``, or ``Class.method`` on a fresh object) with the arguments."""
+    head, *rest = call["name"].split(".")
+    target = module.__dict__[head]
+    for name in rest:
+        target = getattr(target() if isinstance(target, type) else target, name)
+    arguments = {key: decode(value) for key, value in call["kwargs"].items()}
+    return target(*(decode(value) for value in call["args"]), **arguments)
+
+
+def _outcome(action: Callable[[], object]) -> dict[str, Any]:
+    """What an action returned, as data, or what it raised (``sys.exit`` too)."""
+    try:
+        return {"value": encode(action())}
+    except BaseException as error:
+        return {"error": _describe(error)}
+
+
+def _describe(error: BaseException) -> dict[str, str]:
+    try:
+        text = str(error)[:_TEXT]
+    except BaseException:
+        text = ""
+    # the nearest built-in kind, which the other side can raise again
+    kind = next((k.__name__ for k in type(error).__mro__ if k.__module__ == "builtins"), "object")
+    return {"type": str(type(error).__name__)[:80], "kind": kind, "text": text}
+
+
+def _tests(channel: Channel, job: dict[str, Any]) -> None:
+    """Run every test in a namespace of its own, and report each."""
+    for number, test in enumerate(job["tests"]):
+        source = f"{job['setup']}\n{test}"
+        result = _outcome(lambda source=source: _run_test(channel, source))
+        channel.send(
+            {"test": number, "passed": "error" not in result, "error": result.get("error")}
+        )
+
+
+def _run_test(channel: Channel, source: str) -> None:
+    tree = ast.parse(source, "tests.py")
+    space: dict[str, Any] = {"__name__": "tests"}
+    for name in _foreign(tree):
+        space[name] = _stand_in(channel, name)
+    exec(compile(tree, "tests.py", "exec"), space)
+
+
+def _foreign(tree: ast.AST) -> list[str]:
+    """Names that the test code uses and nowhere makes: the candidate's."""
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    made = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            made.add(node.name)
+        elif isinstance(node, ast.arg):
+            made.add(node.arg)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            made |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            made.add(node.name)
+    return sorted({node.id for node in names} - made - set(dir(builtins)))
+
+
+def _stand_in(channel: Channel, name: str) -> Callable[..., object]:
+    """A function that is called elsewhere."""
+
+    def call(*args: object, **kwargs: object) -> object:
+        channel.send(
+            {
+                "call": name,
+                "args": [encode(value) for value in args],
+                "kwargs": {key: encode(value) for key, value in kwargs.items()},
+            }
+        )
+        reply = channel.receive()
+        if "error" not in reply:
+            return decode(reply["value"])
+        kind = getattr(builtins, reply["error"]["kind"], None)
+        text = f"{reply['error']['type']}: {reply['error']['text']}"
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            raise _made(kind, text)
+        raise RuntimeError(text)
+
+    return call
+
+
+def _made(kind: type[Exception], text: str) -> Exception:
+    """An exception of a built-in kind; some kinds want other arguments."""
+    try:
+        return kind(text)
+    except TypeError:
+        return RuntimeError(text)
+
+
+_MODES: Final = {"script": _script, "serve": _serve, "tests": _tests}

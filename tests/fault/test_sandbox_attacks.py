@@ -1,0 +1,136 @@
+"""Hostile programs in every kind of box, as this user and as another: none harms, none is paid."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from support.attacks import ATTACKS, HARMLESS
+
+CHILD = Path(__file__).parents[1] / "support" / "attack_child.py"
+USER = 61_111
+PLAIN_PYTHON = "/usr/bin/python3"  # one that an ordinary user can reach
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
+KINDS = [kind for kind in ("bubblewrap", "lite") if kind == "lite" or shutil.which("bwrap")]
+BOXES = [
+    pytest.param(
+        kind,
+        marks=pytest.mark.skipif(kind not in KINDS, reason="bubblewrap is not installed"),
+    )
+    for kind in ("bubblewrap", "lite")
+]
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists(PLAIN_PYTHON),
+    reason=f"becoming another user needs root, and {PLAIN_PYTHON} for it",
+)
+
+
+def attacked(jobs: list[str], *, uid: int = 0) -> dict:
+    """What the attacks came to, by kind of box, run in a process of their own."""
+    # not pytest's folder: other users cannot reach that
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        done = subprocess.run(
+            [sys.executable, CHILD, str(uid), ",".join(jobs), PLAIN_PYTHON if uid else "", folder],
+            capture_output=True,
+            text=True,
+            timeout=800,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def unpaid(values: dict) -> dict:
+    """Scores that are neither 0, nor the completion's own failure, nor fairly earned."""
+    fair = {attack.name for attack in ATTACKS if attack.earns}
+    return {
+        name: value
+        for name, value in values.items()
+        if value != 0.0
+        and not (isinstance(value, list) and value[0] == "completion")
+        and not (value == 1.0 and name in fair)
+    }
+
+
+def check_survived(result: dict, num_attacks: int) -> None:
+    assert len(result["values"]) == num_attacks
+    assert unpaid(result["values"]) == {}
+    assert result["changed"] == []
+    assert result["leftovers"] == []
+    assert result["next"] == 1.0
+
+
+QUICK = sum(not attack.slow for attack in ATTACKS)
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict:
+    """The quick attacks in every box, and the harmless ones without any."""
+    return attacked([*(f"{kind}:quick" for kind in KINDS), "unsafe-none:harmless"])
+
+
+@pytest.mark.parametrize("kind", BOXES)
+def test_no_attack_is_paid_or_harms(kind: str, quick: dict) -> None:
+    result = quick[kind]
+    check_survived(result, QUICK)
+    assert result["values"]["read a file"] == 0.0
+    assert result["values"]["fork bomb"] == 1.0  # it also solves the problem
+    assert result["values"]["hard exit"] == ["completion", "exit_0"]
+
+
+def test_without_a_box_harmless_attacks_succeed(quick: dict) -> None:
+    """These tests can fail: the same programs win, and change the host, where nothing isolates."""
+    result = quick["unsafe-none"]
+    assert set(result["values"]) == set(HARMLESS)
+    assert set(result["values"].values()) == {1.0}
+    assert result["changed"] == ["status"]
+
+
+@pytest.mark.slow
+def test_attacks_that_run_to_a_limit() -> None:
+    for result in attacked([f"{kind}:slow" for kind in KINDS]).values():
+        check_survived(result, len(ATTACKS) - QUICK)
+        assert result["values"]["endless loop"] == ["completion", "timeout"]
+        assert result["values"]["signals ignored"] == ["completion", "timeout"]
+
+
+@pytest.mark.slow
+@needs_root
+@pytest.mark.parametrize("which", ["quick", "slow"])
+def test_the_same_as_an_ordinary_user(which: str) -> None:
+    for result in attacked([f"{kind}:{which}" for kind in KINDS], uid=USER).values():
+        check_survived(result, QUICK if which == "quick" else len(ATTACKS) - QUICK)
+
+
+NAIVE = """
+import json, sys
+expected = {3: 1_000_000_000_003}
+space = {}
+exec(sys.argv[1], space)
+passed = space["solve"](3) == expected[3]
+print(json.dumps({"passed": passed}))
+"""
+
+
+@pytest.mark.parametrize(
+    "cheat",
+    [
+        "class Same:\n    def __eq__(self, other): return True\ndef solve(n): return Same()",
+        "import sys\ndef solve(n): return sys._getframe(1).f_globals['expected'][n]",
+        "import os\nprint('{\"passed\": true}', flush=True)\nos._exit(0)",
+    ],
+    ids=["always equal", "tests from frames", "spoofed result"],
+)
+def test_a_checker_that_trusts_the_program_is_cheated(cheat: str) -> None:
+    """What the box's design prevents: here the verdict is made where the program runs."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", NAIVE, cheat], capture_output=True, text=True, check=False
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == {"passed": True}

@@ -1,0 +1,168 @@
+"""Runs hostile programs through the code reward in a process of its own, and reports as JSON.
+
+``python attack_child.py UID JOBS PYTHON FOLDER``: as user UID (0: as it is); a job is a kind of
+box, a colon and "quick", "slow" or "harmless" (joined by commas); PYTHON interprets the programs
+("": the default).
+Limits are set around all of it, so that an escape would meet them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import secrets
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gruppo.reward
+from gruppo.reward import Code
+from gruppo.sandbox import Sandbox
+from gruppo.sandbox.bundle import BOOT
+from gruppo.types import Completion, Problem, Score
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from support.attack import HONEST, Attack
+from support.attacks import ATTACKS, HARMLESS
+
+ANSWERS = {3: 10**12 + secrets.randbelow(10**12), 5: 10**12 + secrets.randbelow(10**12)}
+
+
+def limit() -> None:
+    """Bounds for this process and all it starts."""
+    for kind, value in (
+        (resource.RLIMIT_FSIZE, 64 << 20),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_AS, 16 << 30),
+        (resource.RLIMIT_NPROC, 1000),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def chosen(which: str) -> list[Attack]:
+    if which == "harmless":
+        return [attack for attack in ATTACKS if attack.name in HARMLESS]
+    return [attack for attack in ATTACKS if attack.slow == (which == "slow")]
+
+
+def score(reward: Code, sources: list[str]) -> list[Any]:
+    """Scores, or (fault, kind) of a failure."""
+    cases = [{"args": [n], "expected": answer} for n, answer in ANSWERS.items()]
+    problem = Problem(id="x", prompt=(), info={"tests": {"function": "solve", "cases": cases}})
+    rows = [
+        Completion(tokens=(), logp=(), mask=(), version=(), text=text, finish="stop")
+        for text in sources
+    ]
+    values = reward(problem, rows)
+    return [
+        [value.error.fault, value.error.kind] if isinstance(value, Score) and value.error else value
+        for value in values
+    ]
+
+
+def leftovers() -> list[str]:
+    """Processes of boxes that still run, or wait to be waited for, after two seconds."""
+    until = time.monotonic() + 2
+    while (found := running()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
+
+
+def running() -> list[str]:
+    """Processes of boxes that are ours, or nobody's."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().decode(errors="replace")
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        ours = int(parent) in (1, os.getpid())
+        if ours and (BOOT[:60] in command or (state == "Z" and int(parent) != 1)):
+            found.append(f"{folder.name} {state} {command[:80]}")
+    return found
+
+
+def host_state(folder: Path, token: str) -> dict[str, Any]:
+    """What must not change."""
+    canary = folder / "canary"
+    status = canary.stat()
+    scratch = [
+        path for top in ("/tmp", "/dev/shm", "/var/tmp") for path in Path(top).glob(f"*{token}*")
+    ]
+    return {
+        "files": sorted(path.name for path in folder.iterdir()),
+        "text": canary.read_text(),
+        "status": [status.st_mode, status.st_uid, status.st_mtime_ns, status.st_nlink],
+        "attributes": os.listxattr(canary),
+        "scratch": [str(path) for path in scratch],
+        "core_pattern": Path("/proc/sys/kernel/core_pattern").read_text(),
+    }
+
+
+def attack_all(kind: str, which: str, python: str, folder: Path) -> dict[str, Any]:
+    token = secrets.token_hex(8)
+    os.environ["GRUPPO_TEST_SECRET"] = token
+    os.environ["HOME"] = str(folder)
+    (folder / "canary").write_text(token)
+    os.chmod(folder / "canary", 0o666)
+    sandbox = Sandbox(kind=kind, cpu_s=1, wall_s=2.5, memory_mib=256, python=python)
+    reward = Code(sandbox=sandbox, extract="all")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        facts = {
+            "@CANARY@": str(folder / "canary"),
+            "@FOLDER@": str(folder),
+            "@TOKEN@": token,
+            "@PORT@": str(server.getsockname()[1]),
+            "@PID@": str(os.getpid()),
+            "@ANSWERS@": repr(ANSWERS),
+        }
+
+        def filled(text: str) -> str:
+            for name, value in facts.items():
+                text = text.replace(name, value)
+            return text
+
+        attacks = chosen(which)
+        before = host_state(folder, token)
+        honest = filled(HONEST)
+        score(reward, [honest])  # the box is chosen and tried
+        began = time.monotonic()
+        values = score(reward, [filled(attack.source) for attack in attacks])
+        seconds = time.monotonic() - began
+        next_value = score(reward, [honest])[0]
+        reward.close()
+        return {
+            "values": {a.name: v for a, v in zip(attacks, values, strict=True)},
+            "changed": [k for k, v in host_state(folder, token).items() if v != before[k]],
+            "next": next_value,
+            "leftovers": leftovers(),
+            "seconds": round(seconds, 1),
+        }
+
+
+def main() -> None:
+    uid, jobs, python, folder = sys.argv[1:]
+    limit()
+    if int(uid):
+        os.setgroups([])
+        os.setgid(int(uid))
+        os.setuid(int(uid))
+    results = {}
+    for job in jobs.split(","):
+        kind, _, which = job.partition(":")
+        place = Path(folder, kind)
+        place.mkdir(mode=0o777)
+        place.chmod(0o777)
+        results[kind] = attack_all(kind, which, python, place)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    assert gruppo.reward.KINDS["code"] is Code
+    main()
