@@ -16,6 +16,7 @@ from gruppo.reward.base import (
 )
 from gruppo.reward.control import Random
 from gruppo.reward.countdown import Countdown
+from gruppo.reward.environment import EnvironmentReward, ToolUse, score_sound, used_tools
 from gruppo.reward.language import LanguageConsistency
 from gruppo.reward.layout import Format, OpenR1Format, ReasoningSteps, TagCount
 from gruppo.reward.math_answer import Math
@@ -31,6 +32,7 @@ from gruppo.reward.shape import (
 KINDS: dict[str, type] = {
     "cosine_length": CosineLength,
     "countdown": Countdown,
+    "environment": EnvironmentReward,
     "exact": Exact,
     "format": Format,
     "function": Function,
@@ -46,6 +48,7 @@ KINDS: dict[str, type] = {
     "repetition": Repetition,
     "soft_overlong": SoftOverlong,
     "tag_count": TagCount,
+    "tool_use": ToolUse,
 }
 SHAPE_KINDS = frozenset(
     {"cosine_length", "kimi_length", "linear_length", "repetition", "soft_overlong"}
@@ -57,6 +60,7 @@ __all__ = [
     "BatchReward",
     "CosineLength",
     "Countdown",
+    "EnvironmentReward",
     "Exact",
     "Format",
     "Function",
@@ -76,6 +80,9 @@ __all__ = [
     "Shaping",
     "SoftOverlong",
     "TagCount",
+    "ToolUse",
     "refused",
+    "score_sound",
     "ungraded",
+    "used_tools",
 ]
