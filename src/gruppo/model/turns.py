@@ -53,11 +53,14 @@ def pieces_after_turn(messages: Sequence[Message], render: Render) -> list[Piece
         except TemplateError as error:
             raise _uncuttable(f"it refuses such a chat ({error})", messages) from error
         _, found, after = text.partition(_TURN)
-        if not found or _TURN in after:
-            raise _uncuttable("it does not write an assistant's turn once and as it is", messages)
+        if not found:
+            raise _uncuttable("it does not write an assistant's turn as it is", messages)
         return after
 
-    frame = _split(after_turn(marks), marks, messages)
+    marked = after_turn(marks)
+    if _TURN in marked:  # in a content it may stand: contents come later
+        raise _uncuttable("it writes an assistant's turn twice", messages)
+    frame = _split(marked, marks, messages)
     shown = []
     for index, message in enumerate(messages):
         contents = [*marks[:index], message.content, *marks[index + 1 :]]

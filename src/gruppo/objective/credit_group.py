@@ -273,7 +273,8 @@ class Opo:
 
     Lengths are those of whole completions (an environment's tokens aside), so that a row which is
     masked for being truncated still shapes the baseline. A group whose completions are all empty
-    gets 0. Meant for exact on-policy training without KL and entropy terms. Source: OPO, arXiv 2505.23585.
+    gets 0. Meant for exact on-policy training without KL and entropy terms. Source: OPO, arXiv
+    2505.23585.
     """
 
     kind: Literal["opo"] = "opo"

@@ -9,6 +9,7 @@ from typing import Any
 from gruppo.data.tasks.arithmetic import Arithmetic, Comparison
 from gruppo.data.tasks.base import Item, Task
 from gruppo.data.tasks.countdown import Countdown
+from gruppo.data.tasks.guess import Guess
 from gruppo.data.tasks.word_problems import WordProblems
 from gruppo.data.tasks.words import LastWord, Letters, ReverseWords
 
@@ -16,6 +17,7 @@ TASKS: dict[str, type[Any]] = {
     "arithmetic": Arithmetic,
     "comparison": Comparison,
     "countdown": Countdown,
+    "guess": Guess,
     "last_word": LastWord,
     "letters": Letters,
     "reverse_words": ReverseWords,
@@ -27,6 +29,7 @@ __all__ = [
     "Arithmetic",
     "Comparison",
     "Countdown",
+    "Guess",
     "Item",
     "LastWord",
     "Letters",
