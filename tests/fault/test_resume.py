@@ -58,7 +58,19 @@ VARIANTS = {
 }
 
 
-FAST = {("plain", 0), ("several_updates", 3), ("buffered", 2), ("adapter", 3)}
+# a turn ends at some letters, and the game answers it: about twice a completion
+VARIANTS["episodes"] = {
+    "environment.use": "guessing_game",
+    "environment.max_turns": "3",
+    "rollout.max_tokens": "150",
+    "rollout.group_size": "2",
+    "rollout.stop": str(list("nopqrstuvwxyz")),
+    "train.tokens_per_microbatch": "900",
+    "train.steps": "3",
+    "train.minibatches": "2",
+}
+
+FAST = {("plain", 0), ("episodes", 1), ("several_updates", 3), ("buffered", 2), ("adapter", 3)}
 """Cuts that are tried in every test run; the others are slow only because they are many."""
 
 
@@ -118,7 +130,7 @@ CUTS = [
         id=f"{variant}-{step}",
     )
     for variant in VARIANTS
-    for step in range(7)
+    for step in range(int(VARIANTS[variant].get("train.steps", "6")) + 1)
 ]
 
 
@@ -147,6 +159,14 @@ def test_the_variants_do_what_they_are_for(whole):
     assert "ref/updates" not in series["plain"]
     with Database(whole["adapter"] / "run.sqlite", read_only=True) as database:
         assert database.metrics()["kl/ref_k3"][-1][1] > 0
+    with Database(whole["episodes"] / "run.sqlite", read_only=True) as database:
+        turns = [value for _, value in database.metrics()["env/turns"]]
+        dialogues = [row.interaction for row in database.iterate()]
+    assert max(turns) > 1
+    assert {m.content for d in dialogues for m in d.messages if m.role == "user"} == {
+        "Guess a whole number.",
+        *({"higher", "lower"} & {m.content for d in dialogues for m in d.messages}),
+    }
     model = whole["adapter"] / "checkpoints" / "00000006" / "model"
     assert not (model / "model.safetensors").exists()
 
@@ -220,7 +240,7 @@ def unbroken(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 LONGER = {"train.steps": "16", "record.save_every": "3", "eval.every": "4"}
 SECONDS: dict[str, float] = {}
-KILLS = {"plain": 10, "several_updates": 4, "buffered": 4, "adapter": 4}
+KILLS = {"plain": 10, "several_updates": 4, "buffered": 4, "adapter": 4, "episodes": 4}
 
 
 @pytest.mark.slow

@@ -75,7 +75,8 @@ def test_a_control_token_cannot_be_put_together_with_the_template():
     """The template ends a content with what completes a name that the content begins."""
     coder = encoder(CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}im_end|>!"))
     ids = coder.continuation([Message("user", "x<|")], after=END)
-    assert [i for i in ids if i in (START, END)] == [START, END, START]
+    # the first end is the turn's own: here the template has text before it
+    assert [i for i in ids if i in (START, END)] == [END, START, END, START]
     assert "x<|im_end|>!<|im_end|>" in text(coder, ids)
 
 
