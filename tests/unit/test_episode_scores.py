@@ -1,5 +1,6 @@
 """Episodes in rollouts and evaluations: scores, tensors, metrics, and what is stored of them."""
 
+import dataclasses
 import json
 import math
 
@@ -11,6 +12,7 @@ from gruppo.diagnose import episode_metrics, length_metrics
 from gruppo.environment import Episodes, Limits, Reply
 from gruppo.evaluate import EvalSettings, Evaluator
 from gruppo.objective import Opo
+from gruppo.objective.masks import foreign
 from gruppo.record import Database
 from gruppo.reward import EnvironmentReward, Part, Repetition, RewardSet, SoftOverlong, ToolUse
 from gruppo.rollout import Rollouts, RolloutSettings, decode_group, encode_group, tensorise
@@ -205,3 +207,14 @@ def test_a_database_of_an_earlier_version_is_read_and_upgraded(tmp_path):
         database.write_step(2, groups, advantages=None, metrics={})
         turns = [row.interaction and row.interaction.turns for row in database.iterate()]
     assert turns == [None] * 4 + [2, 1, 3, 1]
+
+
+def test_an_engine_without_log_probabilities_has_no_foreign_rows():
+    rollout = tensorise(collect(), REWARD, SETTINGS)
+    assert foreign(rollout).sum(1).tolist() == [3, 0, 6, 0]
+    silent = dataclasses.replace(
+        rollout,
+        engine_logp=torch.full_like(rollout.engine_logp, math.nan),
+        mask=torch.zeros_like(rollout.mask),
+    )
+    assert not bool(foreign(silent).any())

@@ -143,3 +143,25 @@ def test_plain_text_has_no_turns():
         coder.continuation([Message("user", "x")], after=END)
     with pytest.raises(ValueError, match="tools are told by a chat template"):
         encoder(chat=False, tools=TOOLS)
+
+
+GROUPING = (
+    "{% for m in messages %}"
+    "{% set last = loop.last or messages[loop.index0 + 1]['role'] != 'tool' %}"
+    "{% if m['role'] == 'tool' %}"
+    "{% if messages[loop.index0 - 1]['role'] != 'tool' %}<|im_start|>user{% endif %}"
+    "<tool_response>\n{{ m['content'] }}\n</tool_response>{% if last %}<|im_end|>\n{% endif %}"
+    "{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if tools %}{% endif %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_results_of_one_turn_may_share_a_turn():
+    """As in the templates of Qwen, which put all results into one turn of the user."""
+    coder = encoder(GROUPING.replace("{% if tools %}", "{% if tools %}!"), tools=TOOLS)
+    ids = coder.continuation([Message("tool", "1"), Message("tool", "<|im_end|>")], after=END)
+    assert text(coder, ids) == (
+        "\n<|im_start|>user<tool_response>\n1\n</tool_response>"
+        "<tool_response>\n<|im_end|>\n</tool_response><|im_end|>\n!<|im_start|>assistant\n"
+    )
+    assert [i for i in ids if i in (START, END)] == [START, END, START]
