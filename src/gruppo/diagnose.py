@@ -15,8 +15,9 @@ from torch import Tensor
 
 from gruppo.data import ProblemStream
 from gruppo.metric import Metric, reduce
+from gruppo.objective.masks import foreign
 from gruppo.policy import UpdateReport
-from gruppo.reward import LanguageConsistency, Part
+from gruppo.reward import LanguageConsistency, Part, used_tools
 from gruppo.types import Group, Rollout
 
 
@@ -42,6 +43,7 @@ def step_metrics(
         **advantage_metrics(rollout, advantage),
         **length_metrics(rollout),
         **staleness_metrics(groups, version),
+        **episode_metrics(groups),
         **source_metrics(groups),
         **update_metrics(update, reports),
     }
@@ -141,7 +143,12 @@ def length_metrics(rollout: Rollout) -> dict[str, float]:
         "len/terminated_mean": _mean(length[~rollout.truncated]),
         "trunc/frac": _mean(rollout.truncated.double()),
         "rep/frac": repetition_frac(
-            [row[:n].tolist() for row, n in zip(rollout.tokens, rollout.length, strict=True)]
+            [
+                row[:n][~other[:n]].tolist()
+                for row, n, other in zip(
+                    rollout.tokens, rollout.length, foreign(rollout).cpu(), strict=True
+                )
+            ]
         ),
     }
 
@@ -154,6 +161,27 @@ def staleness_metrics(groups: Sequence[Group], version: int) -> dict[str, float]
     return {
         "async/staleness_mean": sum(ages) / len(ages),
         "async/staleness_max": float(max(ages)),
+    }
+
+
+def episode_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What happened in the episodes with an environment; {} if there were none."""
+    rows = [row for group in groups for row in group.completions]
+    episodes = [row.interaction for row in rows if row.interaction is not None]
+    if not episodes:
+        return {}
+    calls = sum(episode.calls for episode in episodes)
+    tokens, own = sum(len(row.tokens) for row in rows), sum(len(row.own_tokens) for row in rows)
+    return {
+        "env/turns": sum(episode.turns for episode in episodes) / len(episodes),
+        "env/calls": calls / len(episodes),
+        "env/failed_call_frac": (
+            sum(episode.failed_calls for episode in episodes) / calls if calls else math.nan
+        ),
+        "env/tool_use_frac": _share(used_tools(row) for row in rows),
+        "env/limit_frac": _share(episode.ended in ("turns", "tokens") for episode in episodes),
+        "env/error_frac": _share(episode.ended == "error" for episode in episodes),
+        "env/token_frac": 1 - own / tokens if tokens else math.nan,
     }
 
 

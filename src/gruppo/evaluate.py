@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from gruppo.data.keyed import hash64
-from gruppo.engine.base import check_sampling
+from gruppo.engine.base import SingleTurn, check_sampling
 from gruppo.objective import majority, pass_at_k, standard_error
-from gruppo.reward.base import RewardSet
+from gruppo.reward import RewardSet, score_sound, used_tools
 from gruppo.reward.vote import Ballot, ballot
-from gruppo.types import Completion, Encode, Engine, Problem, Request, Sampling, Score
+from gruppo.types import Completion, Encode, Engine, Problem, Request, Sampler, Sampling, Score
 
 EVAL_KEY = -1
 """First component of evaluation keys; training's is the run's seed, which is not negative."""
@@ -119,7 +119,10 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluator:
-    """Evaluates whatever policy the engine holds on a fixed list of problems."""
+    """Evaluates whatever policy the engine holds on a fixed list of problems.
+
+    ``sampler`` draws the completions; None stands for the engine alone.
+    """
 
     engine: Engine
     encoder: Encode
@@ -127,6 +130,7 @@ class Evaluator:
     problems: tuple[Problem, ...]
     settings: EvalSettings
     sampling: Sampling
+    sampler: Sampler | None = None
 
     def __call__(self) -> Evaluation:
         """Draw, score and count. Raises ValueError if there is no problem to evaluate on."""
@@ -156,8 +160,9 @@ class Evaluator:
             )
             for problem in problems
         ]
-        drawn = self.engine.generate(requests, sampling)
-        scores = self.reward.score_groups(list(zip(problems, drawn, strict=True)))
+        sampler = self.sampler or SingleTurn(self.engine)
+        drawn = sampler.draw(problems, requests, sampling)
+        scores = score_sound(self.reward, list(zip(problems, drawn, strict=True)))
         return tuple(
             Graded(problem=problem, completions=completions, scores=marks)
             for problem, completions, marks in zip(problems, drawn, scores, strict=True)
@@ -209,7 +214,19 @@ def greedy_metrics(graded: Sequence[Graded], correct_at: float) -> dict[str, flo
         values = [item.scores[0].parts.get(name) for item in graded]
         known = [value for value in values if value is not None]
         metrics[f"{name}_mean"] = sum(known) / len(known) if known else math.nan
-    return metrics
+    return metrics | episode_means([item.completions[0] for item in graded])
+
+
+def episode_means(completions: Sequence[Completion]) -> dict[str, float]:
+    """Turns, and shares with a successful tool call and with an error; {} without episodes."""
+    episodes = [row.interaction for row in completions if row.interaction is not None]
+    if not episodes:
+        return {}
+    return {
+        "env_error_frac": sum(episode.ended == "error" for episode in episodes) / len(episodes),
+        "tool_use": sum(map(used_tools, completions)) / len(episodes),
+        "turns": sum(episode.turns for episode in episodes) / len(episodes),
+    }
 
 
 def sampled_metrics(

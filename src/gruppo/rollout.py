@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from gruppo.data.stream import ProblemStream
-from gruppo.engine.base import check_sampling
+from gruppo.engine.base import SingleTurn, check_sampling
 from gruppo.errors import ServiceError
 from gruppo.objective import (
     ExcludeBefore,
@@ -26,18 +26,17 @@ from gruppo.objective import (
     ZeroReward,
     refill,
 )
-from gruppo.record.scrub import scrub_values
-from gruppo.reward.base import RewardSet
+from gruppo.record.plain import decode_group, encode_group
+from gruppo.reward import RewardSet, score_sound
 from gruppo.types import (
     Completion,
     Encode,
     Engine,
-    Failure,
     Group,
-    Message,
     Problem,
     Request,
     Rollout,
+    Sampler,
     Sampling,
     Score,
 )
@@ -160,7 +159,8 @@ class Rollouts:
     """Makes rollout batches, one after another.
 
     It holds what must survive a restart: the problem stream's position and the ``surplus`` of
-    live groups that an earlier step did not need, scored with the weights of that step.
+    live groups that an earlier step did not need, scored with the weights of that step. ``sampler``
+    draws the completions; None stands for the engine alone, whose completions are one turn.
     """
 
     engine: Engine
@@ -171,6 +171,7 @@ class Rollouts:
     seed: int
     greedy_baseline: bool = False
     surplus: tuple[Group, ...] = ()
+    sampler: Sampler | None = None
 
     def collect(self, step: int = 1) -> Collected:
         """The batch of training step ``step`` (from 1 on). Raises ServiceError at the limit."""
@@ -240,14 +241,15 @@ class Rollouts:
             for offset, tokens in enumerate(prompts)
         ]
         started = time.perf_counter()
-        samples = self.engine.generate(requests, sampling)
-        greedy = self._greedy(requests, sampling)
+        sampler = self.sampler or SingleTurn(self.engine)
+        samples = sampler.draw(problems, requests, sampling)
+        greedy = self._greedy(sampler, problems, requests, sampling)
         clock.sampling += time.perf_counter() - started
         started = time.perf_counter()
         # The greedy completion is scored among the sampled ones, so that shaping terms, which
         # depend on the group, are the same function of it as of them.
         drawn = [(*rows, *more) for rows, more in zip(samples, greedy, strict=True)]
-        scores = reward.score_groups(list(zip(problems, drawn, strict=True)))
+        scores = score_sound(reward, list(zip(problems, drawn, strict=True)))
         groups = [
             self._group(problem, tokens, rows, marks)
             for problem, tokens, rows, marks in zip(problems, prompts, drawn, scores, strict=True)
@@ -258,11 +260,17 @@ class Rollouts:
                 self.stream.record(group.problem, min(max(group.pass_rate, 0.0), 1.0))
         return groups
 
-    def _greedy(self, requests: list[Request], sampling: Sampling) -> list[tuple[Completion, ...]]:
+    def _greedy(
+        self,
+        sampler: Sampler,
+        problems: Sequence[Problem],
+        requests: list[Request],
+        sampling: Sampling,
+    ) -> list[tuple[Completion, ...]]:
         if not self.greedy_baseline:
             return [()] * len(requests)
         single = [replace(request, num_samples=1) for request in requests]
-        return self.engine.generate(single, replace(sampling, temperature=0.0))
+        return sampler.draw(problems, single, replace(sampling, temperature=0.0))
 
     def _group(
         self,
@@ -295,54 +303,6 @@ class Rollouts:
 class _Clock:
     sampling: float = 0.0
     scoring: float = 0.0
-
-
-def encode_group(group: Group) -> dict[str, Any]:
-    """Return a group as plain data for JSON: NaN log-probabilities as None, failures scrubbed."""
-    plain = asdict(group)
-    for score in plain["scores"]:
-        score["error"] = scrub_values(score["error"])
-    for completion in plain["completions"]:
-        completion["logp"] = [None if math.isnan(x) else x for x in completion["logp"]]
-    return plain
-
-
-def decode_group(plain: Mapping[str, Any]) -> Group:
-    """Return the group that ``encode_group`` wrote."""
-    problem = plain["problem"]
-    return Group(
-        problem=Problem(
-            id=problem["id"],
-            prompt=tuple(Message(**turn) for turn in problem["prompt"]),
-            answer=problem["answer"],
-            info=problem["info"],
-            source=problem["source"],
-        ),
-        prompt_tokens=tuple(plain["prompt_tokens"]),
-        completions=tuple(
-            Completion(
-                tokens=tuple(item["tokens"]),
-                logp=tuple(math.nan if x is None else x for x in item["logp"]),
-                mask=tuple(item["mask"]),
-                version=tuple(item["version"]),
-                text=item["text"],
-                finish=item["finish"],
-            )
-            for item in plain["completions"]
-        ),
-        scores=tuple(
-            Score(
-                total=item["total"],
-                task=item["task"],
-                parts=item["parts"],
-                counted=item.get("counted", {}),  # not in checkpoints of 0.1
-                steps=tuple((end, value) for end, value in item["steps"]),
-                error=Failure(**item["error"]) if item["error"] else None,
-            )
-            for item in plain["scores"]
-        ),
-        baseline=plain["baseline"],
-    )
 
 
 def tensorise(

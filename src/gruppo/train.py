@@ -276,7 +276,7 @@ def evaluate_now(run: Run, state: TrainState) -> tuple[TrainState, Evaluation | 
 
 def _metrics(run: Run, state: TrainState, iteration: Iteration, seconds: float) -> dict[str, float]:
     collected, result = iteration.collected, iteration.result
-    drawn = sum(len(c.tokens) for g in collected.generated for c in g.completions)
+    drawn = sum(len(c.own_tokens) for g in collected.generated for c in g.completions)
     return {
         **step_metrics(
             collected.groups,

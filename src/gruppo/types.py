@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Finish = Literal["stop", "length", "abort", "limit", "error"]
+Ended = Literal["environment", "length", "turns", "tokens", "abort", "error"]
 Fault = Literal["completion", "grader"]
 
 ZERO_TOL = 1e-6
@@ -50,7 +51,7 @@ def is_task_live(scores: Iterable[Score]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat turn. ``role`` is "system", "user" or "assistant" (or what the template knows)."""
+    """One chat turn. ``role`` is "system", "user", "assistant" or "tool" (a tool's result)."""
 
     role: str
     content: str
@@ -78,13 +79,14 @@ class Request:
 
     ``key`` seeds every sampled token: (run seed, draw index) in training. Two draws of one problem
     differ in the draw index. ``offset`` is the number of completion tokens drawn before, for a
-    continuation under the same key.
+    continuation under the same key. ``max_tokens`` bounds this request below the sampling's bound.
     """
 
     tokens: tuple[int, ...]
     num_samples: int
     key: tuple[int, ...]
     offset: int = 0
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,32 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Interaction:
+    """What happened in a completion's episode with an environment, as plain data.
+
+    ``messages`` is the dialogue after the prompt: the policy's turns (role "assistant") and what
+    the environment answered. ``calls`` are the policy's tool calls, ``failed_calls`` those of them
+    that were malformed, refused, or raised a tool's error. ``reward`` is the environment's own
+    verdict, None if it gives none. ``ended`` says what ended the episode: the "environment" (or a
+    turn that asks it for nothing), the policy's "length", the limit on "turns" or on "tokens" (no
+    room for an answer), an "abort" of the engine, or an "error" of the environment, which
+    ``error`` then tells.
+    """
+
+    messages: tuple[Message, ...]
+    ended: Ended
+    calls: int = 0
+    failed_calls: int = 0
+    reward: float | None = None
+    error: str | None = None
+
+    @property
+    def turns(self) -> int:
+        """Number of the policy's turns."""
+        return sum(message.role == "assistant" for message in self.messages)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What an engine drew: token ids exactly as sampled, never re-tokenised.
 
@@ -112,7 +140,8 @@ class Completion:
     filters included; NaN where the engine gave none). ``mask`` [n] is False where a token is not
     the policy's own (a tool's, say). ``version`` [n] is the policy version that drew each token.
     ``finish`` is "stop" (an end token or stop string), "length" (ran out of ``max_tokens``),
-    "abort", "limit" (an environment's limit) or "error".
+    "abort", "limit" (an environment's limit) or "error" (the environment failed). Of an episode
+    with an environment ``text`` is the policy's last turn; ``interaction`` tells the rest.
     """
 
     tokens: tuple[int, ...]
@@ -121,6 +150,14 @@ class Completion:
     version: tuple[int, ...]
     text: str
     finish: Finish
+    interaction: Interaction | None = None
+
+    @property
+    def own_tokens(self) -> tuple[int, ...]:
+        """The tokens that the policy drew itself, without an environment's."""
+        if all(self.mask):
+            return self.tokens
+        return tuple(t for t, own in zip(self.tokens, self.mask, strict=True) if own)
 
     @property
     def truncated(self) -> bool:
@@ -246,6 +283,20 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds. Calling it twice is fine."""
+        ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Draws whole completions of problems: with an engine alone, or with an environment too."""
+
+    def draw(
+        self, problems: Sequence[Problem], requests: Sequence[Request], sampling: Sampling
+    ) -> list[tuple[Completion, ...]]:
+        """Draw ``num_samples`` completions for every request, which is of the same-placed problem.
+
+        No completion has more than ``sampling.max_tokens`` tokens, an environment's included.
+        """
         ...
 
 

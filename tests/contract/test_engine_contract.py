@@ -217,3 +217,21 @@ def test_generate_leaves_the_model_as_it_was(make, model):
         assert parameter.requires_grad == (parameter is not frozen)
         assert (parameter.grad is None) == (parameter is frozen)
     assert all(bool((p.grad == 0.5).all()) for p in model.parameters() if p.requires_grad)
+
+
+def test_a_request_may_ask_for_fewer_tokens(make, model):
+    engine = make(model, letters, max_rows=2)
+    sampling = Sampling(max_tokens=12)
+    asked = requests(5, 3, 7)
+    whole = engine.generate(asked, sampling)
+    bounds = (4, None, 40)
+    short = [
+        dataclasses.replace(request, max_tokens=most)
+        for request, most in zip(asked, bounds, strict=True)
+    ]
+    drawn = engine.generate(short, sampling)
+    for rows, others, size in zip(drawn, whole, (4, 12, 12), strict=True):
+        assert rows[0].tokens == others[0].tokens[:size]
+        assert rows[0].finish == "length"
+    with pytest.raises(ValueError, match=r"max_tokens = -1; use 0 or more"):
+        engine.generate([dataclasses.replace(asked[0], max_tokens=-1)], sampling)

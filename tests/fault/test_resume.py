@@ -55,10 +55,20 @@ VARIANTS = {
         "objective.kl": "{beta = 0.1}",
         "train.minibatches": "2",
     },
+    "episodes": {
+        # a turn ends at some letters, and the game answers it: about once a completion
+        "environment.use": "guessing_game",
+        "environment.max_turns": "3",
+        "rollout.max_tokens": "120",
+        "rollout.group_size": "2",
+        "rollout.stop": str(list("nopqrstuvwxyz")),
+        "train.tokens_per_microbatch": "900",
+        "eval.samples": "0",
+    },
 }
 
 
-FAST = {("plain", 0), ("several_updates", 3), ("buffered", 2), ("adapter", 3)}
+FAST = {("plain", 0), ("episodes", 1), ("several_updates", 3), ("buffered", 2), ("adapter", 3)}
 """Cuts that are tried in every test run; the others are slow only because they are many."""
 
 
@@ -147,6 +157,12 @@ def test_the_variants_do_what_they_are_for(whole):
     assert "ref/updates" not in series["plain"]
     with Database(whole["adapter"] / "run.sqlite", read_only=True) as database:
         assert database.metrics()["kl/ref_k3"][-1][1] > 0
+    with Database(whole["episodes"] / "run.sqlite", read_only=True) as database:
+        turns = [value for _, value in database.metrics()["env/turns"]]
+        dialogues = [row.interaction for row in database.iterate()]
+    assert max(turns) > 1
+    heard = {m.content for d in dialogues for m in d.messages if m.role == "user"}
+    assert "Guess a whole number." in heard
     model = whole["adapter"] / "checkpoints" / "00000006" / "model"
     assert not (model / "model.safetensors").exists()
 
@@ -220,7 +236,7 @@ def unbroken(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 LONGER = {"train.steps": "16", "record.save_every": "3", "eval.every": "4"}
 SECONDS: dict[str, float] = {}
-KILLS = {"plain": 10, "several_updates": 4, "buffered": 4, "adapter": 4}
+KILLS = {"plain": 10, "several_updates": 4, "buffered": 4, "adapter": 4, "episodes": 4}
 
 
 @pytest.mark.slow

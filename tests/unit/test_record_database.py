@@ -264,6 +264,7 @@ def test_export_takes_the_asked_steps_in_order(database: Database, tmp_path: Pat
         "parts": {},
         "advantage": 2.0,
         "finish": "stop",
+        "interaction": None,
         "failure": None,
     }
     assert export_samples(database, tmp_path / "x.jsonl") == 9
@@ -290,9 +291,9 @@ def test_files_that_cannot_be_used_are_os_errors_with_the_path(tmp_path: Path) -
     with Database(tmp_path / "new.sqlite"):
         pass
     link = sqlite3.connect(tmp_path / "new.sqlite")
-    link.execute("PRAGMA user_version = 2")
+    link.execute("PRAGMA user_version = 3")
     link.close()
-    with pytest.raises(OSError, match=r"newer gruppo \(format 2, this one reads 1\)"):
+    with pytest.raises(OSError, match=r"newer gruppo \(format 3, this one reads 2\)"):
         Database(tmp_path / "new.sqlite")
 
 

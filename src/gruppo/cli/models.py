@@ -37,6 +37,7 @@ def evaluate(
         opened.encoder.encode,
         report,
         max_prompt_tokens=prompt_limit(recipe, context_length(opened.model)),
+        environment=opened.environment,
     )
     reward = open_rewards(recipe, report)
     try:

@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from gruppo.types import Completion, Finish, Request, Sampling
+from gruppo.types import Completion, Engine, Finish, Problem, Request, Sampling
 
 Decode = Callable[[Sequence[int]], str]
 EngineKind = Literal["shared", "plain"]
 """How the local engine draws: prompts shared and batches refilled, or in plain waves."""
+
+
+@dataclass(frozen=True, slots=True)
+class SingleTurn:
+    """The sampler of completions that are one turn: what the engine draws is the whole."""
+
+    engine: Engine
+
+    def draw(
+        self, problems: Sequence[Problem], requests: Sequence[Request], sampling: Sampling
+    ) -> list[tuple[Completion, ...]]:
+        """Draw from the requests; the problems are not looked at."""
+        return self.engine.generate(requests, sampling)
 
 
 def check_sampling(sampling: Sampling, *, prefix: str = "sampling.") -> None:
@@ -61,6 +75,8 @@ def check_requests(
             raise ValueError(f"{name}: num_samples = {request.num_samples}; use 1 or more")
         if request.offset < 0:
             raise ValueError(f"{name}: offset = {request.offset}; use 0 or more")
+        if request.max_tokens is not None and request.max_tokens < 0:
+            raise ValueError(f"{name}: max_tokens = {request.max_tokens}; use 0 or more")
         low, high = min(request.tokens), max(request.tokens)
         if low < 0 or (vocab_size is not None and high >= vocab_size):
             raise ValueError(
@@ -80,9 +96,9 @@ def room(request: Request, sampling: Sampling, context: int | None) -> int:
     >>> room(Request(tokens=(1, 2, 3), num_samples=1, key=(0,)), Sampling(max_tokens=8), 10)
     7
     """
-    if context is None:
-        return sampling.max_tokens
-    return min(sampling.max_tokens, context - len(request.tokens))
+    own = sampling.max_tokens if request.max_tokens is None else request.max_tokens
+    budget = min(sampling.max_tokens, own)
+    return budget if context is None else min(budget, context - len(request.tokens))
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, cast
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from gruppo.model.turns import encode_pieces, pieces_after_turn
 from gruppo.types import Message
 
 _PROBE = "gruppo"
@@ -32,6 +33,8 @@ class Encoder:
         chat: bool = True,
         template_options: Mapping[str, object] = MappingProxyType({}),
         stop_tokens: Iterable[int] = (),
+        tools: Sequence[Mapping[str, object]] = (),
+        instructions: str = "",
     ) -> None:
         """Take a tokenizer and how to use it.
 
@@ -40,10 +43,12 @@ class Encoder:
             chat: Whether to use the chat template; False joins the contents by blank lines.
             template_options: Extra variables of the template (``enable_thinking``, say).
             stop_tokens: Further ids that end a completion.
+            tools: JSON schemas of functions, for the template's ``tools``.
+            instructions: What the system prompt says of them if the template takes no tools.
 
         Raises:
             ValueError: ``chat`` is asked for and the tokenizer has no template, or no end token
-                is known at all.
+                is known at all; tools are given without ``chat``.
         """
         if chat and not tokenizer.chat_template:
             raise ValueError(
@@ -53,6 +58,12 @@ class Encoder:
         self.tokenizer = tokenizer
         self.chat = chat
         self.template_options = dict(template_options)
+        if tools and not chat:
+            raise ValueError("tools are told by a chat template: set chat = true")
+        self.takes_tools = chat and self._shows(tools)
+        if self.takes_tools:
+            self.template_options["tools"] = list(tools)
+        self._instructions = "" if self.takes_tools else instructions
         ends = [*stop_tokens, tokenizer.eos_token_id, self._turn_end() if chat else None]
         self.stop_tokens = tuple(sorted({end for end in ends if end is not None}))
         if not self.stop_tokens:
@@ -73,7 +84,7 @@ class Encoder:
         """
         if not self.chat:
             return "\n\n".join(message.content for message in messages)
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        turns = [{"role": m.role, "content": m.content} for m in self._instructed(messages)]
         opened = bool(turns) and turns[-1]["role"] == "assistant"
         return self._template(
             turns, add_generation_prompt=not opened, continue_final_message=opened
@@ -90,12 +101,64 @@ class Encoder:
             del ids[-1]
         return tuple(ids)
 
+    def continuation(self, messages: Sequence[Message], *, after: int) -> tuple[int, ...]:
+        """Token ids of ``messages`` after an assistant's turn, and of the next turn's opening.
+
+        Contents are encoded as text: what spells a control token in them is none. A tool's result
+        goes in a user's turn, in ``<tool_response>`` tags, if the template takes no tools.
+
+        Args:
+            messages: What follows the turn; at least one.
+            after: The turn's last token. If it is not the end of a turn that the template writes
+                (a stop string cut the turn short, say), that end is put first.
+
+        Raises:
+            ValueError: Prompts are plain text, or the template cannot be cut after a turn.
+        """
+        if not self.chat:
+            raise ValueError("a dialogue needs a chat template: set chat = true")
+        pieces = pieces_after_turn(
+            [self._told(message) for message in messages],
+            lambda turns: self._template(turns, add_generation_prompt=True),
+        )
+        ids = encode_pieces(pieces, self.tokenizer)
+        # the template may put white space before the end of a turn
+        ends = (at for at in range(min(len(ids), 3)) if ids[at] == after)
+        end = next((at for at in ends if not self.decode(ids[:at]).strip()), -1)
+        return ids[end + 1 :]
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of token ids, spaces exactly as the tokens have them."""
         text = self.tokenizer.decode(
             list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
         )
         return cast(str, text)
+
+    def _instructed(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages, with what there is to say of tools in the system's."""
+        if not self._instructions:
+            return messages
+        if messages and messages[0].role == "system":
+            told = f"{messages[0].content}\n\n{self._instructions}"
+            return (Message("system", told), *messages[1:])
+        return (Message("system", self._instructions), *messages)
+
+    def _told(self, message: Message) -> Message:
+        if message.role != "tool" or self.takes_tools:
+            return message
+        return Message("user", f"<tool_response>\n{message.content}\n</tool_response>")
+
+    def _shows(self, tools: Sequence[Mapping[str, object]]) -> bool:
+        """Whether the template writes anything of ``tools``."""
+        if not tools:
+            return False
+        turns = [{"role": "user", "content": "?"}]
+        given: dict[str, Any] = {**self.template_options, "tools": list(tools)}
+        without = self._template(turns, add_generation_prompt=True)
+        shown = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **given
+        )
+        return shown != without
 
     def _template(self, turns: list[dict[str, str]], **options: bool) -> str:
         settings: dict[str, Any] = {**options, **self.template_options}

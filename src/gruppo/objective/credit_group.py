@@ -28,6 +28,7 @@ from gruppo.objective.credit_base import (
     live_rows,
     require,
 )
+from gruppo.objective.masks import foreign
 from gruppo.types import ZERO_TOL, Evidence, Rollout
 
 NOTHING: frozenset[str] = frozenset()
@@ -270,9 +271,10 @@ def length_weighted_mean(
 class Opo:
     """Reward minus the length-weighted mean reward of the group.
 
-    Lengths are those of whole completions, so that a row which is masked for being truncated
-    still shapes the baseline. A group whose completions are all empty gets 0. Meant for exact
-    on-policy training without KL and entropy terms. Source: OPO, arXiv 2505.23585.
+    Lengths are those of whole completions (an environment's tokens aside), so that a row which is
+    masked for being truncated still shapes the baseline. A group whose completions are all empty
+    gets 0. Meant for exact on-policy training without KL and entropy terms. Source: OPO, arXiv
+    2505.23585.
     """
 
     kind: Literal["opo"] = "opo"
@@ -285,7 +287,8 @@ class Opo:
     def __call__(self, rollout: Rollout, evidence: Evidence) -> Float[Tensor, "B"]:
         """Advantages [B]."""
         total, group = rollout.total.double(), rollout.group
-        baseline = length_weighted_mean(total, rollout.length, group)[group]
+        length = rollout.length - foreign(rollout).sum(1).to(rollout.length)
+        baseline = length_weighted_mean(total, length, group)[group]
         return (total - baseline).where(live_rows(total, group) & torch.isfinite(baseline), 0.0)
 
 

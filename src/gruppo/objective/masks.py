@@ -49,6 +49,16 @@ def loss_mask(generated: Bool[Tensor, "B T"], own: Bool[Tensor, "B T"]) -> Bool[
     return generated & own
 
 
+def foreign(rollout: Rollout) -> Bool[Tensor, "B T"]:
+    """An environment's tokens: not trained, and without a log-probability of the engine (NaN).
+
+    Rows that would be all foreign are of an engine that gives no log-probabilities: none is then.
+    """
+    found = rollout.engine_logp.isnan().to(rollout.mask.device) & ~rollout.mask
+    whole = found.sum(1, keepdim=True) >= rollout.length.to(found.device)[:, None]
+    return found & ~whole
+
+
 @runtime_checkable
 class Truncation(Protocol):
     """What becomes of truncated rows before credit is assigned."""

@@ -14,6 +14,7 @@ import torch
 
 from gruppo.data import ProblemStream
 from gruppo.engine import LocalEngine
+from gruppo.environment import Environment, Episodes
 from gruppo.evaluate import Evaluator
 from gruppo.interrupt import ending_with
 from gruppo.model import (
@@ -30,6 +31,7 @@ from gruppo.model.parts import context_length
 from gruppo.objective import Objective
 from gruppo.policy import Policy
 from gruppo.recipe.answers import refuse_wrong_grading
+from gruppo.recipe.environment import probe
 from gruppo.recipe.problems import (
     Splits,
     open_problems,
@@ -45,7 +47,10 @@ _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A model ready to draw: on its device, with encoder and engine, trained by nobody yet."""
+    """A model ready to draw: on its device, with encoder and engine, trained by nobody yet.
+
+    ``environment`` answers its turns; None: completions are one turn.
+    """
 
     loaded: Loaded
     model: torch.nn.Module
@@ -53,6 +58,7 @@ class Opened:
     engine: LocalEngine
     compute: torch.dtype
     products: Products
+    environment: Environment | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,12 +120,8 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
     model = loaded.model
     if section.lora is not None:
         model = attach(model, section.lora, compute_dtype=dtype)
-    encoder = Encoder(
-        loaded.tokenizer,
-        chat=recipe.data.chat,
-        template_options=recipe.data.template_options,
-        stop_tokens=end_ids(loaded.model.generation_config),
-    )
+    environment = recipe.environment.open()
+    encoder = _encoder(loaded, recipe, environment)
     engine = LocalEngine(
         model,
         encoder.decode,
@@ -132,7 +134,40 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
     if recipe.engine.kind == "shared" and not engine.is_shared:
         report(f"engine: {section.name} cannot share prompts, so it is drawn in plain waves")
     return Opened(
-        loaded=loaded, model=model, encoder=encoder, engine=engine, compute=dtype, products=products
+        loaded=loaded,
+        model=model,
+        encoder=encoder,
+        engine=engine,
+        compute=dtype,
+        products=products,
+        environment=environment,
+    )
+
+
+def _encoder(loaded: Loaded, recipe: Recipe, environment: Environment | None) -> Encoder:
+    """The encoder, which tells of an environment's tools and can continue after a turn."""
+    encoder = Encoder(
+        loaded.tokenizer,
+        chat=recipe.data.chat,
+        template_options=recipe.data.template_options,
+        stop_tokens=end_ids(loaded.model.generation_config),
+        tools=() if environment is None else environment.tools,
+        instructions="" if environment is None else environment.instructions,
+    )
+    if environment is not None:
+        encoder.continuation(probe(environment), after=encoder.stop_tokens[0])
+    return encoder
+
+
+def _sampler(recipe: Recipe, opened: Opened) -> Episodes | None:
+    if opened.environment is None:
+        return None
+    return Episodes(
+        engine=opened.engine,
+        environment=opened.environment,
+        encoder=opened.encoder,
+        limits=recipe.environment.limits(),
+        context=context_length(opened.model),
     )
 
 
@@ -172,6 +207,7 @@ def _resolve(recipe: Recipe, reward: RewardSet, report: Report) -> Parts:
         opened.encoder.encode,
         report,
         max_prompt_tokens=prompt_limit(recipe, context_length(opened.model)),
+        environment=opened.environment,
     )
     refuse_wrong_grading(recipe.reward, reward, problems, report)
     return _assemble(recipe, opened, reward, problems)
@@ -202,6 +238,7 @@ def _assemble(recipe: Recipe, opened: Opened, reward: RewardSet, problems: Split
         settings=recipe.rollout,
         seed=recipe.train.seed,
         greedy_baseline=objective.needs_greedy,
+        sampler=_sampler(recipe, opened),
     )
     return Parts(
         recipe=recipe,
@@ -228,6 +265,7 @@ def make_evaluator(
         problems=problems.held_out,
         settings=recipe.eval,
         sampling=recipe.rollout.sampling(opened.encoder.stop_tokens),
+        sampler=_sampler(recipe, opened),
     )
 
 

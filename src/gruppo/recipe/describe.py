@@ -32,6 +32,12 @@ def _rollout(recipe: Recipe) -> list[str]:
         "prompts",
         f"groups without differing rewards {_FILTERS[rollout.filter]}",
     ]
+    if recipe.environment.use is not None:
+        turns, kind = recipe.environment.max_turns, recipe.environment.use.kind
+        lines.append(
+            f"a completion is an episode of at most {turns} turns with {kind}; the environment's "
+            "tokens count, and are not trained"
+        )
     greedy = recipe.objective.build(max_tokens=rollout.max_tokens).needs_greedy
     return (
         [*lines, "one greedy completion more for every prompt (the baseline)"] if greedy else lines

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Final, Literal
 
 from gruppo.data import Problems, View, fitting, partition
-from gruppo.recipe.data import DataSection, make_source
+from gruppo.environment import Environment
+from gruppo.recipe.data import AnySource, DataSection, make_source
 from gruppo.recipe.recipe import Recipe
 from gruppo.types import Message, Problem
 
@@ -66,6 +67,26 @@ class Joined:
         return number, index - self.starts[number]
 
 
+@dataclass(frozen=True, slots=True)
+class Posed:
+    """Problems with the prompts that an environment gives them, made when asked for."""
+
+    problems: Problems
+    environment: Environment
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def __getitem__(self, index: int, /) -> Problem:
+        return self._posed(self.problems[index])
+
+    def __iter__(self) -> Iterator[Problem]:
+        return map(self._posed, self.problems)
+
+    def _posed(self, problem: Problem) -> Problem:
+        return replace(problem, prompt=self.environment.prompt(problem))
+
+
 def prompt_limit(recipe: Recipe, context: int | None) -> int:
     """Most tokens a prompt may have, so that every completion has room in the model's context.
 
@@ -100,15 +121,27 @@ def prompt_limit(recipe: Recipe, context: int | None) -> int:
 
 
 def open_problems(
-    section: DataSection, encode: Encode, report: Report, *, max_prompt_tokens: int
+    section: DataSection,
+    encode: Encode,
+    report: Report,
+    *,
+    max_prompt_tokens: int,
+    environment: Environment | None = None,
 ) -> Splits:
     """Load all sources, hold problems out, and leave out prompts that are too long.
+
+    An ``environment`` makes the prompts.
 
     Raises:
         ValueError: data that cannot be read as meant, or that leave nothing to train on.
         OSError: a file or a hub that cannot be reached.
     """
-    sources = [make_source(table).load() for table in section.train]
+
+    def load(table: AnySource) -> Problems:
+        problems = make_source(table).load()
+        return problems if environment is None else Posed(problems, environment)
+
+    sources = [load(table) for table in section.train]
     joined = Joined.of(sources)
     rows, held = partition(joined, section.held_out, seed=section.seed)
     shares = [array("Q") for _ in sources]
@@ -131,7 +164,7 @@ def open_problems(
         for source, share, table in zip(sources, shares, section.train, strict=True)
     ]
     tests: list[Problems] = [View(joined, held)] if len(held) else []
-    tests += [make_source(table).load() for table in section.test]
+    tests += [load(table) for table in section.test]
     fitted = [fit(test) for test in tests]
     own = fitted[len(fitted) - len(section.test) :]
     return Splits(

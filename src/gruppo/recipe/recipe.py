@@ -17,6 +17,7 @@ from gruppo.evaluate import EvalSettings
 from gruppo.model.adapter import Lora
 from gruppo.policy.optim import Optim
 from gruppo.recipe.data import DataSection
+from gruppo.recipe.environment import EnvironmentSection
 from gruppo.recipe.objective import ObjectiveSection
 from gruppo.recipe.reward import RewardSection
 from gruppo.record import TensorBoard, Trackio, Wandb
@@ -129,14 +130,15 @@ class RecordSection:
 class Recipe:
     """A whole recipe. Make one with ``load``, which checks everything and explains mistakes.
 
-    Required are ``model``, ``data`` and ``reward``; ``engine``, ``rollout``, ``objective``,
-    ``optim``, ``train``, ``eval`` and ``record`` have defaults. Every section says in its own
-    record what its keys mean.
+    Required are ``model``, ``data`` and ``reward``; ``environment``, ``engine``, ``rollout``,
+    ``objective``, ``optim``, ``train``, ``eval`` and ``record`` have defaults. Every section says
+    in its own record what its keys mean.
     """
 
     model: ModelSection
     data: DataSection
     reward: RewardSection
+    environment: EnvironmentSection = field(default_factory=EnvironmentSection)
     engine: EngineSection = field(default_factory=EngineSection)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)

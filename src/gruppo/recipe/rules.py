@@ -101,7 +101,22 @@ def _patience(evaluation: Any, data: Any) -> Iterator[Mistake]:
         )
 
 
+def _dialogue(environment: Any, data: Any) -> Iterator[Mistake]:
+    """An environment answers in turns, which plain text has not."""
+    if environment.use is not None and not data.chat:
+        yield mistake("data.chat", "environment.use needs a chat template: set it to true", False)
+
+
+def _judged(environment: Any, reward: Any) -> Iterator[Mistake]:
+    """What grades an episode needs episodes."""
+    names = [part.name for part in reward.parts if part.kind in ("environment", "tool_use")]
+    if names and environment.use is None:
+        yield mistake("reward.parts", "grades an episode: set environment.use", names[0])
+
+
 RULES: Final = (
+    Rule(("environment", "data"), _dialogue),
+    Rule(("environment", "reward"), _judged),
     Rule(("rollout", "objective"), _group_size),
     Rule(("rollout",), _lone_rows),
     Rule(("rollout", "train"), _minibatches),

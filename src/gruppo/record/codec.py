@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 
+from gruppo.record.plain import decode_interaction
 from gruppo.record.scrub import scrub
-from gruppo.types import Failure, Message
+from gruppo.types import Failure, Interaction, Message
 
 
 def pack_text(text: str) -> str | bytes:
@@ -103,6 +105,19 @@ def pack_failure(failure: Failure | None) -> str | None:
 def unpack_failure(text: str | None) -> Failure | None:
     """Inverse of `pack_failure`."""
     return None if text is None else Failure(**json.loads(text))
+
+
+def pack_interaction(episode: Interaction | None) -> str | None:
+    """An episode as JSON, its error scrubbed; ASCII, so that any string survives."""
+    if episode is None:
+        return None
+    error = None if episode.error is None else scrub(episode.error)
+    return json.dumps({**asdict(episode), "error": error})
+
+
+def unpack_interaction(text: str | None) -> Interaction | None:
+    """Inverse of `pack_interaction`."""
+    return None if text is None else decode_interaction(json.loads(text))
 
 
 def finite(value: object) -> object:

@@ -40,7 +40,7 @@ from gruppo.record.rows import (
     completion_from,
     sample_from,
 )
-from gruppo.record.schema import STEP_TABLES, TABLES, VERSION
+from gruppo.record.schema import STEP_TABLES, TABLES, UPGRADES, VERSION
 from gruppo.types import Group
 
 _APPLICATION = 0x47525055  # "GRPU": lets `file` and others tell whose database this is
@@ -262,6 +262,11 @@ class Database:
                 for statement in TABLES.split(";\n"):
                     link.execute(statement)
                 link.execute(f"PRAGMA application_id = {_APPLICATION}")
+                link.execute(f"PRAGMA user_version = {VERSION}")
+        elif version < VERSION:
+            with self._transaction():
+                for older in range(version, VERSION):
+                    link.execute(UPGRADES[older])
                 link.execute(f"PRAGMA user_version = {VERSION}")
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from gruppo.policy.files import naming
@@ -17,8 +18,8 @@ def export_samples(
     r"""Write one JSON object per completion to ``path``, whole or not at all.
 
     The objects hold step, group, row, problem, source, prompt (messages), answer, completion,
-    num_tokens, reward, task, parts, advantage, finish and failure. Text that is no valid Unicode
-    is escaped as JSON allows (``\ud800``).
+    num_tokens, reward, task, parts, advantage, finish, interaction and failure. Text that is no
+    valid Unicode is escaped as JSON allows (``\ud800``).
 
     Args:
         database: The run's database.
@@ -65,6 +66,7 @@ def sample_line(completion: StoredCompletion) -> str:
         "parts": dict(completion.parts),
         "advantage": completion.advantage,
         "finish": completion.finish,
+        "interaction": completion.interaction and asdict(completion.interaction),
         "failure": failure and {"kind": failure.kind, "fault": failure.fault, "text": failure.text},
     }
     line = json.dumps(value, ensure_ascii=False) + "\n"

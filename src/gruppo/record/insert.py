@@ -94,7 +94,7 @@ def detail_text(detail: Mapping[str, object]) -> str:
     return json.dumps(codec.finite(scrub_values(detail)))
 
 
-_INSERT_COMPLETION = f"INSERT INTO completions VALUES ({', '.join('?' * 16)})"
+_INSERT_COMPLETION = f"INSERT INTO completions VALUES ({', '.join('?' * 17)})"
 
 
 def _completion_values(
@@ -122,6 +122,7 @@ def _completion_values(
         codec.pack_parts(score.parts),
         completion.finish,
         codec.pack_failure(score.error),
+        codec.pack_interaction(completion.interaction),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gruppo.record import codec
-from gruppo.types import Failure, Finish, Message
+from gruppo.types import Failure, Finish, Interaction, Message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +70,7 @@ class StoredCompletion:
     parts: Mapping[str, float | None]
     finish: Finish
     failure: Failure | None
+    interaction: Interaction | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,13 @@ def completion_from(row: sqlite3.Row) -> StoredCompletion:
         parts=json.loads(row["parts"]),
         finish=row["finish"],
         failure=codec.unpack_failure(row["failure"]),
+        interaction=codec.unpack_interaction(_column(row, "interaction")),
     )
+
+
+def _column(row: sqlite3.Row, name: str) -> str | None:
+    """A column that files of earlier versions, opened to be read, have not."""
+    return row[name] if name in row.keys() else None  # noqa: SIM118 (a row is no mapping)
 
 
 def sample_from(row: sqlite3.Row) -> StoredSample:

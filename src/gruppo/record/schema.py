@@ -3,13 +3,14 @@
 Text columns hold TEXT, or, where a string is no valid Unicode (lone surrogates), a BLOB of its
 UTF-8 with surrogates passed through. Blobs are little-endian: token ids int32, log-probabilities
 and advantages float32, masks one byte per token. A metric that was NaN is NULL. ``detail``,
-``prompt``, ``parts`` and ``failure`` are JSON. Times are seconds since 1970 (UTC); nothing is
+``prompt``, ``parts``, ``failure`` and ``interaction`` (the episode with an environment: dialogue,
+calls, reward, what ended it) are JSON. Times are seconds since 1970 (UTC); nothing is
 ordered by them.
 """
 
 from __future__ import annotations
 
-VERSION = 1  # PRAGMA user_version; raised when an older gruppo could misread the tables
+VERSION = 2  # PRAGMA user_version; raised when an older gruppo could misread the tables
 
 # Tables whose rows belong to a step, in the order in which they are cleared.
 STEP_TABLES = (
@@ -22,6 +23,9 @@ STEP_TABLES = (
     "findings",
     "events",
 )
+
+UPGRADES = {1: "ALTER TABLE completions ADD COLUMN interaction TEXT"}
+"""What turns the tables of a version into those of the next."""
 
 TABLES = """
 CREATE TABLE steps (
@@ -62,6 +66,7 @@ CREATE TABLE completions (
     parts TEXT NOT NULL,
     finish TEXT NOT NULL,
     failure TEXT,
+    interaction TEXT,
     PRIMARY KEY (step, group_index, row)
 );
 CREATE TABLE evaluations (

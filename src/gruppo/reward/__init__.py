@@ -17,6 +17,7 @@ from gruppo.reward.base import (
 from gruppo.reward.code import Code
 from gruppo.reward.control import Random
 from gruppo.reward.countdown import Countdown
+from gruppo.reward.environment import EnvironmentReward, ToolUse, score_sound, used_tools
 from gruppo.reward.grader import GradingModel
 from gruppo.reward.judge import Judge, Pairwise, Verifier
 from gruppo.reward.language import LanguageConsistency
@@ -39,6 +40,7 @@ KINDS: dict[str, type] = {
     "code": Code,
     "cosine_length": CosineLength,
     "countdown": Countdown,
+    "environment": EnvironmentReward,
     "exact": Exact,
     "format": Format,
     "function": Function,
@@ -58,6 +60,7 @@ KINDS: dict[str, type] = {
     "reward_model": RewardModel,
     "soft_overlong": SoftOverlong,
     "tag_count": TagCount,
+    "tool_use": ToolUse,
     "verifier": Verifier,
 }
 SHAPE_KINDS = frozenset(
@@ -71,6 +74,7 @@ __all__ = [
     "Code",
     "CosineLength",
     "Countdown",
+    "EnvironmentReward",
     "Exact",
     "Format",
     "Function",
@@ -99,7 +103,10 @@ __all__ = [
     "Shaping",
     "SoftOverlong",
     "TagCount",
+    "ToolUse",
     "Verifier",
     "refused",
+    "score_sound",
     "ungraded",
+    "used_tools",
 ]

@@ -1,8 +1,9 @@
 """Shaping terms: what a completion's length or repetition costs, beside its task reward.
 
-Lengths are completion tokens, the end token included. ``SoftOverlong`` and ``Repetition`` look at
-one completion alone; the others are ``Shaping`` records that read how the group was graded. They
-return raw values; the part's weight scales them. Unscored rows get no term.
+Lengths are the policy's own tokens, the end token included (not those of a tool). ``SoftOverlong``
+and ``Repetition`` look at one completion alone; the others are ``Shaping`` records that read how
+the group was graded. They return raw values; the part's weight scales them. Unscored rows get no
+term.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class SoftOverlong:
 
     def __call__(self, problem: Problem, completions: Sequence[Completion]) -> list[float]:
         """Return the term of every completion; the problem is not read."""
-        return [self.value(len(completion.tokens)) for completion in completions]
+        return [self.value(len(completion.own_tokens)) for completion in completions]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,7 @@ class Repetition:
 
     def __call__(self, problem: Problem, completions: Sequence[Completion]) -> list[float]:
         """Return the term of every completion; the problem is not read."""
-        return [self.value(completion.tokens) for completion in completions]
+        return [self.value(completion.own_tokens) for completion in completions]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +146,7 @@ class CosineLength:
         return [
             None
             if score.task is None
-            else self.value(len(completion.tokens), right=score.task >= self.right_at)
+            else self.value(len(completion.own_tokens), right=score.task >= self.right_at)
             for completion, score in zip(completions, scores, strict=True)
         ]
 
@@ -168,7 +169,7 @@ class KimiLength:
         self, problem: Problem, completions: Sequence[Completion], scores: Sequence[Score]
     ) -> list[float | None]:
         """Return the term of every completion; the problem is not read."""
-        pairs = list(zip((len(c.tokens) for c in completions), scores, strict=True))
+        pairs = list(zip((len(c.own_tokens) for c in completions), scores, strict=True))
         lengths = [length for length, score in pairs if score.task is not None]
         shortest, longest = min(lengths, default=0), max(lengths, default=0)
 
@@ -197,7 +198,7 @@ class LinearLength:
         self, problem: Problem, completions: Sequence[Completion], scores: Sequence[Score]
     ) -> list[float | None]:
         """Return the term of every completion; the problem is not read."""
-        pairs = list(zip((len(c.tokens) for c in completions), scores, strict=True))
+        pairs = list(zip((len(c.own_tokens) for c in completions), scores, strict=True))
         totals = [score.total for _, score in pairs if score.total is not None]
         longest = max((n for n, score in pairs if score.total is not None), default=0)
         if not totals or longest == 0:

@@ -10,6 +10,7 @@ from gruppo.data.tasks.arithmetic import Arithmetic, Comparison
 from gruppo.data.tasks.base import Item, Task
 from gruppo.data.tasks.code import CodeTasks
 from gruppo.data.tasks.countdown import Countdown
+from gruppo.data.tasks.guess import Guess
 from gruppo.data.tasks.word_problems import WordProblems
 from gruppo.data.tasks.words import LastWord, Letters, ReverseWords
 
@@ -18,6 +19,7 @@ TASKS: dict[str, type[Any]] = {
     "code_tasks": CodeTasks,
     "comparison": Comparison,
     "countdown": Countdown,
+    "guess": Guess,
     "last_word": LastWord,
     "letters": Letters,
     "reverse_words": ReverseWords,
@@ -30,6 +32,7 @@ __all__ = [
     "CodeTasks",
     "Comparison",
     "Countdown",
+    "Guess",
     "Item",
     "LastWord",
     "Letters",

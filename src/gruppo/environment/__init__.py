@@ -1,0 +1,39 @@
+"""Environments: what answers a policy's turns, and the episodes made of both.
+
+``KINDS`` holds the records that a recipe can name by their ``kind``.
+"""
+
+from gruppo.environment.base import Continue, Environment, Episode, Limits, Reply, ToolError
+from gruppo.environment.calculator import Calculator, calculate
+from gruppo.environment.episodes import Episodes
+from gruppo.environment.guessing import GuessingGame
+from gruppo.environment.python import Runner, python_environment, python_tool
+from gruppo.environment.tools import Tool, Toolbox
+from gruppo.environment.trl import Trl, TrlEnvironment
+
+KINDS: dict[str, type] = {
+    "calculator": Calculator,
+    "guessing_game": GuessingGame,
+    "trl": Trl,
+}
+
+__all__ = [
+    "KINDS",
+    "Calculator",
+    "Continue",
+    "Environment",
+    "Episode",
+    "Episodes",
+    "GuessingGame",
+    "Limits",
+    "Reply",
+    "Runner",
+    "Tool",
+    "ToolError",
+    "Toolbox",
+    "Trl",
+    "TrlEnvironment",
+    "calculate",
+    "python_environment",
+    "python_tool",
+]

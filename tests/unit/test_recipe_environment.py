@@ -1,0 +1,141 @@
+"""The [environment] section, and the packaged tool-use recipe run on a tiny model."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import byte_tokenizer, tiny_config
+from gruppo.cli import main
+from gruppo.environment import Calculator, Reply, TrlEnvironment
+from gruppo.recipe import load
+from gruppo.recipe.describe import describe
+from gruppo.recipe.dump import dump
+from gruppo.recipe.load import from_table
+from gruppo.recipe.source import parse
+from gruppo.record import Database
+from gruppo.types import Message
+from support.dialogues import problem
+
+
+class Once:
+    """An environment of one's own: it answers once."""
+
+    tools = ()
+    instructions = ""
+
+    def __init__(self, word="go on"):
+        self.word = word
+
+    def prompt(self, problem):
+        return problem.prompt
+
+    def start(self, problem):
+        return OnceEpisode(self.word)
+
+
+class OnceEpisode:
+    def __init__(self, word):
+        self.left = [Message("user", word)]
+
+    def reply(self, text, tokens):
+        return Reply(messages=(self.left.pop(),)) if self.left else Reply()
+
+    def reward(self):
+        return 1.0
+
+    def close(self): ...
+
+
+class Game:
+    def reset(self, **row):
+        return " Go."
+
+    def move(self, to: int) -> str:
+        """Move.
+
+        Args:
+            to: where.
+        """
+        return f"at {to}"
+
+
+def test_without_a_use_completions_are_one_turn():
+    recipe = load("quickstart")
+    assert recipe.environment.open() is None
+    assert "episode" not in describe(recipe)
+
+
+def test_environments_by_kind_by_path_and_of_trl():
+    tool = load("tool_use").environment
+    assert tool.open() == Calculator()
+    assert (tool.limits().max_turns, tool.limits().max_turn_tokens) == (3, 64)
+    own = load("quickstart", [f'environment.use={{kind = "{__name__}:Once", word = "more"}}'])
+    episode = own.environment.open().start(problem())
+    assert episode.reply("", ()).messages == (Message("user", "more"),)
+    trl = load("quickstart", [f'environment.use={{kind = "trl", factory = "{__name__}:Game"}}'])
+    opened = trl.environment.open()
+    assert isinstance(opened, TrlEnvironment)
+    assert opened.prompt(problem("Play.")) == (Message("user", "Play. Go."),)
+    again = from_table(parse(dump(own), "dumped"))
+    assert again.environment == own.environment
+
+
+def test_the_recipe_in_words():
+    assert "an episode of at most 3 turns with calculator" in describe(load("tool_use"))
+
+
+MISTAKES = [
+    ({"environment.use": "calculater"}, r"environment\.use\.kind.*did you mean .calculator"),
+    ({"environment.max_turns": "0"}, r"max_turns = 0: must be at least 1"),
+    ({"environment.use": "{kind = 'calculator', calls = 'xml'}"}, r"calls.*must be one of"),
+    ({"environment.use": "no.such:Thing"}, r"cannot import 'no\.such'"),
+    ({"data.chat": "false"}, r"data\.chat.*needs a chat template"),
+    ({"environment.use": "none"}, r"reward\.parts.*set environment\.use"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), MISTAKES)
+def test_mistakes_are_told(change, words):
+    with pytest.raises(ValueError, match=words):
+        load("tool_use", [f"{key}={value}" for key, value in change.items()])
+
+
+def test_an_object_that_is_no_environment_is_refused():
+    recipe = load("quickstart", ["environment.use=math:pi"])
+    with pytest.raises(ValueError, match=r"environment\.use = 'math:pi': float is no environment"):
+        recipe.environment.open()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model that reads the long prompts of tools in bytes."""
+    made = tmp_path_factory.mktemp("long")
+    torch.manual_seed(0)
+    config = tiny_config(max_position_embeddings=2048)
+    AutoModelForCausalLM.from_config(config).save_pretrained(made)
+    byte_tokenizer().save_pretrained(made)
+    return made
+
+
+def test_the_tool_use_recipe_takes_a_step(folder, tmp_path):
+    settings = {
+        "model.name": str(folder),
+        "record.folder": str(tmp_path),
+        "record.name": "run",
+        "data.held_out": "2",
+        "data.train.0.size": "40",
+        "rollout.prompts_per_step": "2",
+        "rollout.group_size": "2",
+        "rollout.max_tokens": "8",
+        "train.steps": "1",
+    }
+    given = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    assert main(["train", "tool_use", *given]) == 0
+    with Database(tmp_path / "run" / "run.sqlite", read_only=True) as database:
+        metrics, evaluations = database.metrics(), database.evaluations()
+        rows = list(database.iterate())
+    assert metrics["env/turns"] == [(1, 1.0)]
+    assert metrics["env/tool_use_frac"] == [(1, 0.0)]
+    assert evaluations["tool_use"] == [(0, 0.0), (1, 0.0)]
+    assert all(row.interaction.turns == 1 for row in rows)
+    assert len(rows) == 4
