@@ -13,6 +13,7 @@ import torch
 
 from gruppo.model.footprint import Footprint, Shape, footprint
 from gruppo.model.fused import kept_positions
+from gruppo.native import kernels
 from gruppo.recipe import Recipe
 from gruppo.recipe.build import pin
 from gruppo.recipe.problems import USUAL_PROMPT
@@ -21,7 +22,9 @@ _GIB = 2**30
 _CHUNK = 512  # positions of which the head makes logits at once (model.logprob)
 _PREFILL = 2048  # prompt tokens in one pass of the engine
 _COLUMNS = 128  # an own cache grows by so many
-_DRAW = 4  # copies of a turn's logits while tokens are drawn: themselves, softmax, blocks, padding
+# Copies of a turn's logits while tokens are drawn: themselves, and those of rows that enter; in
+# plain torch softmax, blocks and padding too.
+_DRAW_COMPILED, _DRAW = 2, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,9 +130,13 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
         head=_head(found, sum(groups) * rollout.max_tokens, cpu=model.device == "cpu"),
         cache=_cache(recipe, found, length),
         packed=found.linears if model.device == "cpu" else 0,
-        drawing=_rows(recipe) * found.vocabulary * _DRAW,
+        drawing=_rows(recipe) * found.vocabulary * _copies(model.device),
         optimizer=4 * found.largest,
     )
+
+
+def _copies(device: str) -> int:
+    return _DRAW_COMPILED if device == "cpu" and kernels() is not None else _DRAW
 
 
 def _groups(recipe: Recipe, prompt: int) -> list[int]:

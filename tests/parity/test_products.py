@@ -57,9 +57,12 @@ def test_training_gives_the_same_gradient(tiny_folder, made):
     assert of_head == [(9, 32, 258), (9, 258, 32), (258, 9, 32)]
 
 
-def test_an_adapter_too(tiny_folder, made):
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("targets", [("all-linear",), ("lm_head", "q_proj")])
+def test_an_adapter_too(tiny_folder, made, targets):
+    """One on the head as well, which is made again in the backward pass."""
     pytest.importorskip("peft")
-    lora = Lora(rank=2, alpha=4)
+    lora = Lora(rank=2, alpha=4, targets=targets)
     value, gradients = loss_and_gradients(tiny_folder, "torch", lora=lora)
     ours, found = loss_and_gradients(tiny_folder, "onednn", lora=lora)
     assert ours == pytest.approx(value, rel=1e-6)
@@ -81,6 +84,13 @@ def test_a_layer_of_three_dimensions_with_bias(made):
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert made == [(8, 5, 3), (8, 3, 5), (3, 8, 5)]
+
+
+def test_a_single_row_of_one_dimension_is_torchs(made):
+    layer = nn.Linear(5, 3)
+    with multiplying("onednn"):
+        assert torch.equal(layer(torch.ones(5)), layer(torch.ones(5)))
+    assert made == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -115,5 +125,8 @@ def test_the_faster_library_is_chosen(monkeypatch, seconds, chosen):
 def test_not_with_checkpointing(tiny_folder):
     with pytest.raises(ValueError, match='products = "onednn" with gradient_checkpointing = true'):
         ModelSection(name="x", products="onednn", gradient_checkpointing=True)
+    model = load(str(tiny_folder), gradient_checkpointing=True).model
+    with pytest.raises(ValueError, match="products = 'onednn' with a model of gradient"):
+        Policy(model, optim=Optim(), total_updates=1, products="onednn")
     section = ModelSection(name="x", device="cpu", compute="float32", gradient_checkpointing=True)
     assert pin(section).products == "torch"

@@ -1,5 +1,7 @@
 """What is not kept is made again: the same gradients, from less memory."""
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,7 +66,7 @@ def test_gradients_are_equal_to_the_bit_and_less_is_kept():
                     out = gated(x, weights)
             else:
                 out = gated(x, weights)
-        kept.append(alive.without(out) // 4)
+        kept.append(alive.without(out, x, *weights) // 4)
         gradients.append(torch.autograd.grad(out.square().sum(), [x, *weights]))
     # numbers: 1/rms of 5 rows, twice 5 x 8 in the norm, five times 5 x 16 behind it (gate and up,
     # silu, product, gelu); of these 1/rms, gate and up are left
@@ -107,3 +109,60 @@ def test_the_footprint_is_what_stays_alive(tiny_folder, thrift):
     given = [packing.ids, packing.source]  # kept too, but made before
     made = alive.without(states, packing.positions, *given, *model.parameters())
     assert found.saved == made + sum(tensor.nbytes for tensor in given)
+
+
+class Fails(torch.autograd.Function):
+    """The identity, whose backward pass fails."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("ends", ["dropped", "backward fails", "backward"])
+def test_nothing_outlives_its_graph(ends):
+    x, weights = operands()
+    with Alive() as alive:
+        with thrifty():
+            loss = gated(Fails.apply(x) if ends == "backward fails" else x, weights).sum()
+        if ends == "backward":
+            torch.autograd.grad(loss, weights)
+        if ends == "backward fails":
+            with pytest.raises(RuntimeError, match="out of memory"):
+                loss.backward()
+            for weight in weights:
+                weight.grad = None
+    del loss
+    gc.collect()
+    assert alive.without(x, *weights) == 0
+
+
+def test_a_result_changed_in_place_is_kept_as_it_is():
+    a, b, w = (torch.randn(4, 4, requires_grad=True) for _ in range(3))
+
+    def loss():
+        x = a * b
+        with torch.no_grad():
+            x.clamp_(min=0.0)
+        return (silu(x) @ w).sum()
+
+    plain = torch.autograd.grad(loss(), [a, b, w])
+    with thrifty():
+        ours = loss()
+    found = torch.autograd.grad(ours, [a, b, w])
+    assert all(torch.equal(x, y) for x, y in zip(plain, found, strict=True))
+
+
+def test_a_kept_tensor_that_was_changed_since_is_refused():
+    x = torch.randn(4, 4, requires_grad=True)
+    with thrifty():
+        y = x @ x.T
+        out = (y @ y).sum()
+    with torch.no_grad():
+        y.add_(1)
+    with pytest.raises(RuntimeError, match=r"modified by an in-place operation: shape \(4, 4\)"):
+        out.backward()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gruppo.metric import reduce
-from gruppo.model import head
+from gruppo.model import fused
 from gruppo.objective import (
     AdaptiveEntropy,
     AdaptiveKL,
@@ -139,13 +139,13 @@ def test_entropy_is_differentiated_only_for_an_entropy_term(tiny_folder, monkeyp
     """With α = 0 it is logged, and gradients are to the bit those of a pass without entropy."""
     policy, objective = policy_of(wide_model(tiny_folder)), named("default")
     targets, arrived = targets_of(policy, objective, rollout()), []
-    backward = head._FusedHead.backward
+    backward = fused.FusedHead.backward
 
     def watched(ctx, grad_logp, grad_entropy):
         arrived.append(None if grad_entropy is None else float(grad_entropy.sum()))
         return backward(ctx, grad_logp, grad_entropy)
 
-    monkeypatch.setattr(head._FusedHead, "backward", staticmethod(watched))
+    monkeypatch.setattr(fused.FusedHead, "backward", staticmethod(watched))
 
     def gradient(coefficients):
         step = OptimizerStep(policy, objective, targets, coefficients, UpdateSettings())

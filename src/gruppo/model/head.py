@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gruppo.model.fused import FusedHead, HeadOptions, wide_type
 from gruppo.model.parts import text_config
+from gruppo.model.products import Products, current_products, multiplying
 from gruppo.model.rule import LogitRule
 
 
@@ -57,8 +58,9 @@ def token_logp(
     if type(head) is nn.Linear:
         options = HeadOptions(rule, entropy, chunk, keep=torch.is_grad_enabled())
         return FusedHead.apply(hidden, head.weight, head.bias, tokens, options)
+    products = current_products()  # of the pass that recomputes it, too
     parts = [
-        checkpoint(_plain_chunk, head, part, picked, (rule, entropy), use_reentrant=False)
+        checkpoint(_plain_chunk, head, part, picked, (rule, entropy, products), use_reentrant=False)
         for part, picked in zip(hidden.split(chunk), tokens.split(chunk), strict=True)
     ]
     logp, entropies = (torch.cat(terms) for terms in zip(*parts, strict=True))
@@ -66,10 +68,11 @@ def token_logp(
 
 
 def _plain_chunk(
-    head: nn.Module, hidden: Tensor, tokens: Tensor, options: tuple[LogitRule, bool]
+    head: nn.Module, hidden: Tensor, tokens: Tensor, options: tuple[LogitRule, bool, Products]
 ) -> tuple[Tensor, Tensor]:
-    rule, entropy = options
-    logits = head(hidden).to(wide_type(hidden.dtype))
+    rule, entropy, products = options
+    with multiplying(products):
+        logits = head(hidden).to(wide_type(hidden.dtype))
     full = torch.log_softmax(rule.apply(logits), -1)
     logp = full.gather(-1, tokens[:, None])[:, 0]
     return logp, -(full.exp() * full).sum(-1) if entropy else torch.zeros_like(logp)

@@ -87,6 +87,7 @@ class _OneDnn(TorchFunctionMode):
 def _is_ours(left: Tensor, right: Tensor) -> bool:
     return (
         left.dtype == right.dtype == torch.float32
+        and left.dim() > 1
         and left.device.type == right.device.type == "cpu"
         and right.dim() == 2
         and left.numel() > 0

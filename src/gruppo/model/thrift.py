@@ -38,8 +38,28 @@ class Remade:
     shape: torch.Size
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """A tensor that is kept, and how often it had been changed in place by then."""
+
+    tensor: Tensor
+    version: int
+
+    def tensor_unchanged(self) -> Tensor:
+        """The tensor. Raises RuntimeError if it was changed since, as autograd itself does."""
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"in-place operation: shape {tuple(self.tensor.shape)}, version "
+                f"{self.tensor._version}, expected {self.version}"
+            )
+        return self.tensor
+
+
 def remade(tensor: Tensor) -> Remade | None:
     """How ``tensor`` can be made again of what its operation keeps; None if it must be kept."""
+    if tensor._version:  # changed in place: its operation would make another
+        return None
     node = tensor.grad_fn
     while node is not None and node.name() in _SAME_ORDER:
         node = node.next_functions[0][0]
@@ -53,21 +73,27 @@ def remade(tensor: Tensor) -> Remade | None:
 
 @contextmanager
 def thrifty() -> Iterator[None]:
-    """Inside, a forward pass keeps less for its backward pass."""
-    held: list[tuple[Node, Tensor]] = []
+    """Inside, a forward pass keeps less for its backward pass.
 
-    def pack(tensor: Tensor) -> Tensor | Remade:
+    It stands in for hooks that were set outside of it: of several, autograd asks the innermost.
+    """
+    held: list[tuple[int, Tensor]] = []
+
+    def pack(tensor: Tensor) -> Kept | Remade:
         found = remade(tensor)
-        return tensor if found is None else found
+        # detached: an operation's own result would hold the operation, and so itself, for ever
+        return Kept(tensor.detach(), tensor._version) if found is None else found
 
-    def unpack(kept: Tensor | Remade) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        for node, result in held:
-            if node is kept.node:
+    def unpack(kept: Kept | Remade) -> Tensor:
+        if isinstance(kept, Kept):
+            return kept.tensor_unchanged()
+        number = kept.node._sequence_nr()  # no node: this closure belongs to all of them
+        for known, result in held:
+            if known == number:
                 return result.view(kept.shape)
-        made = _MAKERS[kept.node.name()](kept.node)
-        held.append((kept.node, made))
+        with torch.no_grad():
+            made = _MAKERS[kept.node.name()](kept.node)
+        held.append((number, made))
         del held[:-_HELD]
         return made.view(kept.shape)
 

@@ -97,10 +97,7 @@ class Policy:
         Raises:
             ValueError: a setting is bad, or "adapter" is asked for a model without one.
         """
-        if reference not in ("none", "copy", "adapter"):
-            raise ValueError(f"reference = {reference!r} must be one of 'none', 'copy', 'adapter'")
-        if reference == "adapter" and not is_adapted(model):
-            raise ValueError("reference = 'adapter' needs a LoRA adapter; use reference = 'copy'")
+        _refuse(model, reference, products)
         self.model = model
         self.optim = optim
         self.total_updates = total_updates
@@ -311,6 +308,19 @@ class Policy:
                 entropy=entropy,
                 packed=self.packed,
             )
+
+
+def _refuse(model: nn.Module, reference: ReferenceKind, products: Products) -> None:
+    if reference not in ("none", "copy", "adapter"):
+        raise ValueError(f"reference = {reference!r} must be one of 'none', 'copy', 'adapter'")
+    if reference == "adapter" and not is_adapted(model):
+        raise ValueError("reference = 'adapter' needs a LoRA adapter; use reference = 'copy'")
+    recomputes = any(vars(module).get("gradient_checkpointing") for module in model.modules())
+    if products == "onednn" and recomputes:
+        raise ValueError(
+            "products = 'onednn' with a model of gradient checkpointing: what is recomputed would "
+            "differ by rounding; use products = 'torch'"
+        )
 
 
 def _frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
