@@ -132,8 +132,11 @@ def advantage_metrics(rollout: Rollout, advantage: Tensor) -> dict[str, float]:
 
 
 def length_metrics(rollout: Rollout) -> dict[str, float]:
-    """Completion lengths in tokens: all, right, wrong, those that ended by themselves."""
-    length, task = rollout.length.double(), rollout.task
+    """Lengths in the policy's own tokens: all, right, wrong, those that ended by themselves."""
+    others = foreign(rollout).cpu()
+    inside = torch.arange(others.shape[1]) < rollout.length.cpu()[:, None]
+    length = rollout.length.double() - (others & inside).sum(1).to(rollout.length.device)
+    task = rollout.task
     return {
         "len/mean": _mean(length),
         "len/p95": float(length.quantile(0.95)) if len(length) else math.nan,
@@ -145,9 +148,7 @@ def length_metrics(rollout: Rollout) -> dict[str, float]:
         "rep/frac": repetition_frac(
             [
                 row[:n][~other[:n]].tolist()
-                for row, n, other in zip(
-                    rollout.tokens, rollout.length, foreign(rollout).cpu(), strict=True
-                )
+                for row, n, other in zip(rollout.tokens, rollout.length, others, strict=True)
             ]
         ),
     }

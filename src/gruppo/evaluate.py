@@ -203,7 +203,7 @@ def accuracy(graded: Sequence[Graded], correct_at: float) -> dict[str, float]:
 
 def greedy_metrics(graded: Sequence[Graded], correct_at: float) -> dict[str, float]:
     """Accuracy of the greedy completions, its standard error, and every reward part's mean."""
-    lengths = [len(item.completions[0].tokens) for item in graded]
+    lengths = [len(item.completions[0].own_tokens) for item in graded]
     metrics = {
         **accuracy(graded, correct_at),
         "len": sum(lengths) / len(lengths),

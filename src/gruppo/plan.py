@@ -32,6 +32,7 @@ class MemoryPlan:
     """Bytes by part, and at each phase's worst moment.
 
     ``process`` is Python with its libraries (on a CUDA device 0: the plan is the device's).
+    ``kept`` is what the engine holds between its calls: keys, values and 16-bit weights, on CUDA.
     """
 
     process: int
@@ -43,6 +44,7 @@ class MemoryPlan:
     head: int
     cache: int
     packed: int
+    kept: int
     drawing: int
     optimizer: int
 
@@ -54,12 +56,12 @@ class MemoryPlan:
     @property
     def training(self) -> int:
         """At the end of a forward pass: activations, and the head's logits with their gradient."""
-        return self._lasting + self.gradients + self.activations + self.head
+        return self._lasting + self.kept + self.gradients + self.activations + self.head
 
     @property
     def updating(self) -> int:
         """While the optimizer moves the weights."""
-        return self._lasting + self.gradients + self.optimizer
+        return self._lasting + self.kept + self.gradients + self.optimizer
 
     @property
     def peak(self) -> int:
@@ -120,6 +122,9 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
     )
     needs_reference = recipe.objective.build(max_tokens=rollout.max_tokens).needs_reference
     copied = needs_reference and (model.lora is None or recipe.train.reference_sync_steps > 0)
+    cache = _cache(recipe, found, length)
+    # a CPU's blocked copies, or 16-bit ones that a captured step reads
+    packed = found.linears if model.device == "cpu" or compute == torch.bfloat16 else 0
     return MemoryPlan(
         process=_resident() if model.device == "cpu" else 0,
         weights=found.weights,
@@ -128,11 +133,22 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
         reference=found.weights if copied else 0,
         activations=found.saved,
         head=_head(found, sum(groups) * rollout.max_tokens, cpu=model.device == "cpu"),
-        cache=_cache(recipe, found, length),
-        packed=found.linears if model.device == "cpu" else 0,
+        cache=cache,
+        packed=packed,
+        kept=_kept(model.device, cache + packed),
         drawing=_rows(recipe) * found.vocabulary * _copies(model.device),
         optimizer=4 * found.largest,
     )
+
+
+def _kept(device: str, held: int) -> int:
+    """What an engine with captured steps does not let go of: all that a quarter would hold."""
+    if not device.startswith("cuda"):
+        return 0
+    if torch.cuda.is_available():
+        quarter = torch.cuda.get_device_properties(device).total_memory // 4
+        return held if held <= quarter else 0
+    return held
 
 
 def _copies(device: str) -> int:

@@ -8,6 +8,7 @@ from gruppo.recipe import load
 from gruppo.recipe.build import open_rewards
 from gruppo.reward import GradingModel, Judge, Pairwise, Part, RewardSet, Service, Verifier
 from gruppo.reward.quoting import nonce
+from gruppo.reward.verdicts import Grade, WrongAnswer
 from gruppo.types import Completion, Message, Problem
 from support.http_server import answering, chat
 from support.scores import count_failures
@@ -115,6 +116,18 @@ def test_forms_that_grading_models_answer_in(reply):
 def test_what_is_no_chat_completion_unscores(reply):
     _, scores = judged(lambda n, body: (200, {}, reply), "a")
     assert count_failures(scores) == {"grader/service_answer": 1}
+
+
+def test_an_answer_of_empty_lines_is_read_at_once():
+    # a regular expression for the fence took hours: the time for all is far below a test's limit
+    with pytest.raises(WrongAnswer, match="no JSON object"):
+        Grade(0, 10).read("```\n" + "\n" * 19_000 + "x")
+    with pytest.raises(WrongAnswer, match="no JSON object"):
+        Grade(0, 10).read("```\n" + "\n" * 19_000 + "x\n```")
+    for head in ("", "json", " json "):
+        assert Grade(0, 10).read(f'```{head}\n{{"score": 7}}\n  ```') == 0.7
+    with pytest.raises(WrongAnswer, match="no JSON object"):
+        Grade(0, 10).read('```python\n{"score": 7}\n```')
 
 
 def test_a_cut_answer_and_a_refusing_service_unscore_with_the_reason():

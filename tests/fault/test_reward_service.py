@@ -9,7 +9,7 @@ import time
 import pytest
 
 from gruppo.reward import Part, Remote, RewardSet, Service
-from gruppo.reward.service import Client, Lost
+from gruppo.reward.service import Client, Lost, Pacer
 from gruppo.types import Completion, Message, Problem
 from support.http_server import answering
 from support.scores import count_failures
@@ -137,6 +137,40 @@ def test_requests_are_spaced_by_the_rate_limit():
 
 
 # the key -----------------------------------------------------------------------------------
+
+
+def test_a_request_that_is_given_up_takes_no_turn():
+    pacer = Pacer(60)
+    assert [pacer.reserve(0.0, 1.5) for _ in range(4)] == [0.0, 1.0, None, None]
+    assert pacer.reserve(2.0, 1.5) == 0.0  # and not behind those that never came
+    with answering(lambda n, body: (200, {}, b"1")) as server:
+        one = Client(service(server, per_minute=600, deadline_s=0.5, concurrency=30))
+        first, second = (one.post_all("", [b"7"] * 30) for _ in range(2))
+    assert b"1" in first
+    assert Lost("deadline", "not tried within service.deadline_s") in first
+    assert b"1" in second
+
+
+def test_a_long_pause_that_was_asked_for_ends_with_the_call():
+    replies = [(503, {"Retry-After": "3600"}, b"later"), (200, {}, b"1")]
+    with answering(lambda n, body: replies[n]) as server:
+        one = Client(service(server, deadline_s=0.5))
+        [lost] = one.post_all("", [b"7"])
+        time.sleep(0.5)
+        assert (lost.kind, one.post_all("", [b"7"])) == ("http_503", [b"1"])
+
+
+def test_a_connection_that_comes_too_late_is_not_used(monkeypatch):
+    resolve = socket.getaddrinfo
+
+    def slowly(*args, **settings):
+        time.sleep(0.4)
+        return resolve(*args, **settings)
+
+    with answering(lambda n, body: (200, {}, b"1")) as server:
+        monkeypatch.setattr(socket, "getaddrinfo", slowly)
+        [lost] = post(server, 7, timeout_s=0.1, retries=0)
+    assert (lost.kind, server.bodies) == ("timeout", [])
 
 
 def test_the_key_is_sent_and_is_in_no_record_log_or_failure(monkeypatch, caplog, capfd):

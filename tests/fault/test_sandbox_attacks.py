@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gruppo.sandbox import Pool, Sandbox, choose
 from support.attacks import ATTACKS, HARMLESS
 
 CHILD = Path(__file__).parents[1] / "support" / "attack_child.py"
@@ -107,6 +109,16 @@ def test_attacks_that_run_to_a_limit() -> None:
 def test_the_same_as_an_ordinary_user(which: str) -> None:
     for result in attacked([f"{kind}:{which}" for kind in KINDS], uid=USER).values():
         check_survived(result, QUICK if which == "quick" else len(ATTACKS) - QUICK)
+
+
+@pytest.mark.parametrize("kind", BOXES)
+def test_an_endless_loop_is_ended_by_the_limit_of_processor_time(kind: str) -> None:
+    """Not by the clock, which is only the backstop."""
+    settings = Sandbox(kind=kind, cpu_s=1, wall_s=120.0, memory_mib=256)
+    pool = Pool(lambda: choose(settings).backend, settings, 1)
+    [outcome] = pool.map(lambda fresh, text: fresh().script(text, b""), ["while True: pass"])
+    pool.close()
+    assert (outcome.ended, outcome.code) == ("cpu", signal.SIGKILL)
 
 
 NAIVE = """

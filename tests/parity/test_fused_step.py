@@ -111,10 +111,16 @@ def gaps(model: nn.Module, dtype: torch.dtype, rows: int, *, packed: bool) -> li
     return found
 
 
+def by_default(*names: str) -> list[object]:
+    """All that are like Llama; the others are slow."""
+    return [
+        name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in LIKE_LLAMA
+    ]
+
+
 @needs_kernels
-@pytest.mark.parametrize(
-    ("name", "packed"), [("llama", False), *((name, True) for name in LIKE_LLAMA)]
-)
+@pytest.mark.parametrize("name", by_default("llama", "mistral"))
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_logits_equal_the_models_own(name: str, packed: bool) -> None:
     model = build(name, **LIKE_LLAMA[name])
     adopt(model)
@@ -125,7 +131,7 @@ def test_logits_equal_the_models_own(name: str, packed: bool) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", LIKE_LLAMA)
+@pytest.mark.parametrize("name", by_default("qwen3"))
 def test_logits_in_bfloat16(name: str) -> None:
     """Under autocast the step rounds where the model does; all in bfloat16, nearly so."""
     model = build(name, **LIKE_LLAMA[name])
@@ -135,7 +141,7 @@ def test_logits_in_bfloat16(name: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", LIKE_LLAMA)
+@pytest.mark.parametrize("name", by_default("qwen2"))
 def test_draws_what_plain_waves_draw(name: str) -> None:
     model = build(name, **LIKE_LLAMA[name])
     expected = draw(model, kind="plain")
@@ -200,11 +206,23 @@ UNLIKE = {
 
 
 @pytest.mark.parametrize("name", UNLIKE)
+def test_other_models_are_told_apart(name: str) -> None:
+    model = UNLIKE[name]()
+    adopt(model)
+    assert not can_fuse(model, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("gemma2", "an adapter") else pytest.param(name, marks=pytest.mark.slow)
+        for name in UNLIKE
+    ],
+)
 def test_other_models_take_their_own_forward(name: str) -> None:
     model = UNLIKE[name]()
     expected = draw(model, kind="plain")
     adopt(model)
-    assert not can_fuse(model, torch.float32)
     assert_same(draw(model, max_rows=4), expected)
 
 

@@ -3,9 +3,14 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.auto import CONFIG_MAPPING
 
 from gruppo import native
+from gruppo.model.logprob import completion_logp
 from gruppo.native import compiled as building
+from gruppo.types import Sampling
+from support.engines import TINY
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="no C++ compiler here")
 
@@ -130,9 +135,109 @@ def test_softmax_of_impossible_and_of_broken_logits() -> None:
     ]
 
 
+@needs_kernels
+@pytest.mark.parametrize("used", [False, True])
+def test_softmax_gradient_relatively(used: bool) -> None:
+    """Of all probabilities that a float32 holds; with z = log p, and of an entropy that is 0."""
+    logits = torch.linspace(-86.9, 0, 40_001)[None]
+    made = native.pick_gradient_(
+        logits.clone(),
+        torch.tensor([40_000]),
+        scale=1.0,
+        lse=torch.zeros(1),
+        entropy=torch.zeros(1),
+        grad_logp=-torch.ones(1),
+        grad_entropy=-torch.ones(1) if used else None,
+    )
+    z = logits.double()
+    wanted = z.exp() * (1 + z if used else 1)
+    apart = (made - wanted)[:, :-1] / wanted[:, :-1]
+    near = (1 + z[:, :-1]).abs() > 0.1  # elsewhere the sum of both terms cancels out
+    assert apart[near].abs().max() < (6e-7 if used else 3.1e-7)
+    assert abs(float(made[0, -1])) == 0  # p - 1
+    far = torch.tensor([[-87.1, -300.0, -torch.inf, 0.0]])
+    none, one = torch.zeros(1), torch.ones(1)
+    rest = {"lse": none, "entropy": none, "grad_logp": one, "grad_entropy": one if used else None}
+    assert native.pick_gradient_(far, torch.tensor([3]), scale=1.0, **rest).abs().max() == 0
+
+
+@needs_kernels
+def test_softmax_takes_all_integers_and_refuses_other_floats() -> None:
+    logits, tokens, _ = softmax_case(7, 301)
+    wanted = native.pick(logits, tokens, scale=1.0, entropy=True)
+    for kind in (torch.int32, torch.int16):
+        got = native.pick(logits, tokens.to(kind), scale=1.0, entropy=True)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    rest = {"lse": wanted[1], "entropy": wanted[2], "grad_entropy": None}
+    made = [
+        native.pick_gradient_(
+            logits.clone(), tokens.to(kind), scale=1.0, grad_logp=torch.ones(7), **rest
+        )
+        for kind in (torch.int64, torch.int32)
+    ]
+    assert torch.equal(*made)
+    wide = torch.ones(7, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="all is float32"):
+        native.pick_gradient_(logits, tokens, scale=1.0, grad_logp=wide, **rest)
+
+
+@needs_kernels
+def test_scoring_takes_tokens_of_any_integer_type() -> None:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["llama"](**TINY)
+    model = AutoModelForCausalLM.from_config(config)
+    tokens, length = torch.randint(3, 97, (2, 5)), torch.tensor([5, 3])
+    found = [
+        completion_logp(model, [(4, 5), (6,)], tokens.to(kind), length).logp
+        for kind in (torch.int64, torch.int32)
+    ]
+    assert torch.equal(*found)
+
+
+@needs_kernels
+def test_attention_and_rotation_refuse_other_indices() -> None:
+    query, place = torch.randn(3, 2, 8), torch.zeros(3, dtype=torch.int64)
+    prompts, own = torch.randn(2, 1, 2, 5, 8), torch.randn(2, 3, 2, 6, 8)
+    right = {"place": place, "prompt_length": place + 5, "own_length": place}
+    for name in right:
+        wrong = {**right, name: right[name].int()}
+        with pytest.raises(AssertionError, match="indices are int64"):
+            native.decode_attention(query, *prompts, *own, scaling=1.0, **wrong)
+    with pytest.raises(AssertionError, match="one type of numbers"):
+        native.decode_attention(query, *prompts.double(), *own, scaling=1.0, **right)
+    with pytest.raises(AssertionError, match="indices are int64"):
+        native.rotate_and_keep(
+            torch.randn(3, 6 * 8),
+            *torch.randn(2, 3, 8),
+            norms=(None, None),
+            own_length=place.int(),
+            own_keys=own[0],
+            own_values=own[1],
+        )
+
+
+@needs_kernels
+def test_results_do_not_depend_on_torchs_defaults() -> None:
+    logits, tokens, _ = softmax_case(3, 50)
+    uniform, rule = torch.rand(3, dtype=torch.float64), Sampling(max_tokens=1)
+    wanted = [*native.pick(logits, tokens, scale=1.0, entropy=True)]
+    wanted += native.sample(logits, uniform, rule) or ()
+    assert len(wanted) == 5
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = [*native.pick(logits, tokens, scale=1.0, entropy=True)]
+            got += native.sample(logits, uniform, rule) or ()
+    finally:
+        torch.set_default_dtype(before)
+    assert [value.dtype for value in got] == [torch.float32] * 3 + [torch.int64, torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
 def test_softmax_is_for_float32_alone() -> None:
-    assert not native.has_softmax(torch.zeros(1, 2, dtype=torch.float64))
-    assert not native.has_softmax(torch.zeros(1, 2, dtype=torch.bfloat16))
+    assert not native.can_softmax(torch.zeros(1, 2, dtype=torch.float64))
+    assert not native.can_softmax(torch.zeros(1, 2, dtype=torch.bfloat16))
 
 
 def test_no_compiler_means_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +245,7 @@ def test_no_compiler_means_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     building.kernels.cache_clear()
     try:
         assert building.kernels() is None
-        assert not native.is_supported(torch.zeros(1))
+        assert not native.can_attend(torch.zeros(1))
     finally:
         building.kernels.cache_clear()
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
@@ -68,13 +67,27 @@ def again(operations: list[tuple[Any, tuple, dict, Any]]) -> None:
         return now.get(id(tensor), tensor)
 
     for func, args, kwargs, made in operations:
-        remade = func(
-            *tree_map_only(Tensor, present, args), **tree_map_only(Tensor, present, kwargs)
-        )
+        remade = func(*replaced(args, present), **replaced(kwargs, present))
         now.update({id(a): b for a, b in zip(tensors(made), tensors(remade), strict=True)})
+
+
+def replaced(tree: Any, present: Callable[[Tensor], Tensor]) -> Any:
+    """What operators take are tensors, lists of them, and others; torch's tree maps are slow."""
+    if isinstance(tree, Tensor):
+        return present(tree)
+    if isinstance(tree, dict):
+        return {name: replaced(part, present) for name, part in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)([replaced(part, present) for part in tree])
+    return tree
 
 
 def tensors(tree: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    tree_map_only(Tensor, found.append, tree)
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    replaced(tree, keep)
     return found

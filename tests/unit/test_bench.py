@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gruppo.bench import curves, versus
+from gruppo.bench import machine as measured
 from gruppo.bench.curves import curve, positions
 from gruppo.bench.measure import measure
 from gruppo.bench.versus import versus_trl
@@ -53,6 +54,24 @@ def test_phases_add_up_on_the_tiny_model(tiny_folder: Path):
     ratio = 3 * seconds["reference"] / seconds["forward_backward"]
     assert used["forward_backward"] / used["reference"] == pytest.approx(ratio)
     assert found.padding == 0.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [((5.0, 2.0, 0.1), 2.0), ((0.3, 0.2, 0.1, 0.2, 0.01), 0.1), ((0.1, 0.95, 0.01), 0.95)],
+    ids=["a slow type", "a fast type", "impatient"],
+)
+def test_the_first_product_does_not_count(monkeypatch, seconds: tuple[float, ...], best: float):
+    """It chooses kernels; products are tried for a second, but one more than that always."""
+    clock, left = [0.0], list(seconds)
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: clock[0])
+
+    def linear(*_: torch.Tensor) -> None:
+        clock[0] += left.pop(0)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    found = measured._gflops("cpu", torch.float32, 4, 5, 6)
+    assert found == pytest.approx(2 * 4 * 5 * 6 / best / 1e9)
 
 
 def test_positions_count_a_prompt_once():

@@ -119,6 +119,7 @@ def test_evaluation_shows_turns_and_tool_use():
     evaluation = evaluator()
     assert evaluation.metrics["pass@1"] == 1.0
     assert evaluation.metrics["turns"] == 2.5
+    assert evaluation.metrics["len"] == 5.0  # the policy's own: 4 of 7, and 6 of 12
     assert evaluation.metrics["tool_use"] == 1.0
     assert evaluation.metrics["env_error_frac"] == 0.0
     # of the four drawn, the broken one is not right
@@ -129,6 +130,8 @@ def test_lengths_and_repetition_are_of_the_policys_own_tokens():
     row = collect()[1].completions[0]
     assert len(row.own_tokens) == 6
     assert SoftOverlong(max_tokens=12, buffer=8)(problem("q"), [row]) == [-0.25]
+    seen = length_metrics(tensorise(collect(), REWARD, SETTINGS))
+    assert (seen["len/mean"], seen["len/max"]) == ((4 + 2 + 6 + 5) / 4, 6.0)
     # a END a END b END: four of the five pairs differ
     assert Repetition(n=2)(problem("q"), [row]) == [pytest.approx(-0.2)]
 

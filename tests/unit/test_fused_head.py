@@ -33,7 +33,7 @@ def outcome(
 @pytest.mark.parametrize("rule", [LogitRule(), LogitRule(scale=3.0, temperature=0.7)])
 def test_kernels_equal_torch(monkeypatch, rule, bias, entropy):
     compiled = outcome(rule=rule, bias=bias, entropy=entropy)
-    monkeypatch.setattr(fused, "has_softmax", lambda logits: False)
+    monkeypatch.setattr(fused, "can_softmax", lambda logits: False)
     plain = outcome(rule=rule, bias=bias, entropy=entropy)
     for mine, other in zip(compiled, plain, strict=True):
         assert (mine - other).abs().max() < 2e-6 * max(1.0, other.abs().max().item())
@@ -56,7 +56,7 @@ def test_torch_does_what_kernels_do_not(monkeypatch, rule, dtype):
 def test_kept_logits_give_the_gradient_of_those_made_again(monkeypatch, softcap, compiled):
     """To the bit: with room for none, for one chunk of three, and for all."""
     if not compiled:
-        monkeypatch.setattr(fused, "has_softmax", lambda logits: False)
+        monkeypatch.setattr(fused, "can_softmax", lambda logits: False)
     rule, found = LogitRule(softcap=softcap, temperature=0.9), []
     for room in (0, 5 * 53 * 4, 2**20):
         monkeypatch.setattr(fused, "KEPT_BYTES", room)

@@ -5,10 +5,24 @@ import math
 import pytest
 
 from gruppo.lab import Layout, correlate, examine, judge, judge_lengths, made_lengths, share, table
+from gruppo.lab.adapted import with_deadline
 from gruppo.lab.answers import among, others, same, wrong_answers
-from gruppo.reward import Function, InProcess, Part, RewardSet
+from gruppo.reward import (
+    EnvironmentReward,
+    Function,
+    Gate,
+    GradingModel,
+    InProcess,
+    Judge,
+    Part,
+    Remote,
+    RewardSet,
+    Service,
+    ToolUse,
+)
 from gruppo.types import Message, Problem
 from support.flawed_rewards import FLAWED, R1, Case
+from support.http_server import answering, chat
 from support.sound_rewards import SOUND
 
 SUMS = ((17, 25), (6, 8), (31, 40), (5, 2))
@@ -223,3 +237,48 @@ def test_length_correlation_is_pearson_s():
     assert made.count == len(seen.trials)
     assert made.correlation > 0.8
     assert judge_lengths(made) == []  # made completions are no evidence
+
+
+def test_a_judge_is_asked_again_and_not_its_memory():
+    """A judge that says another number each time; its cache would hide that."""
+
+    def answer(number, body):
+        return chat({"reason": "", "score": number % 10})
+
+    with answering(answer) as server:
+        model = GradingModel(name="fickle", keep="memory")
+        reward = Judge(rubric="r", model=model, service=Service(url=server.url, backoff_s=0.01))
+        rewards = RewardSet((Part(name="r", reward=reward),))
+        seen = examine(rewards, PROBLEMS["sums"][:1], template="{answer}")
+    assert "unequal/again" in [finding.rule for finding in judge(seen)]
+
+
+def test_services_are_waited_for_a_short_while():
+    slow = Service(url="http://127.0.0.1:9", timeout_s=500.0, deadline_s=5000.0, retries=9)
+    kept = Service(url="http://127.0.0.1:9", timeout_s=1.0, deadline_s=2.0, retries=0)
+    model = GradingModel(name="m", keep="disk")
+    parts = (
+        Part(name="a", reward=Remote(service=slow)),
+        Part(name="b", reward=Remote(service=kept)),
+        Part(name="c", reward=Judge(rubric="r", model=model, service=slow)),
+    )
+    first, second, third = (part.reward for part in with_deadline(RewardSet(parts)).parts)
+    short = (10.0, 120.0, 1)
+    assert (first.service.timeout_s, first.service.deadline_s, first.service.retries) == short
+    assert second.service == kept
+    assert (third.service.retries, third.model.keep) == (1, "none")
+
+
+def test_parts_that_read_episodes_are_left_out():
+    case = case_of("exact_tag")
+    parts = (
+        Part(name="tools", reward=ToolUse()),
+        Part(name="r", reward=InProcess(case.function), gate=Gate(part="tools")),
+    )
+    seen = examine(RewardSet(parts, task=("tools", "r")), PROBLEMS["sums"], template=R1)
+    assert seen.skipped == ("tools",)
+    assert [score.task for score in seen.alone] == [1.0] * 4
+    assert [(f.severity, f.rule) for f in judge(seen)][-1] == ("note", "skipped")
+    game = RewardSet((Part(name="game", reward=EnvironmentReward()),))
+    with pytest.raises(ValueError, match=r"reward\.parts\.game reads what an environment says"):
+        examine(game, PROBLEMS["sums"], template=R1)

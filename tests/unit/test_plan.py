@@ -1,5 +1,7 @@
 """The memory plan: counted parts equal what a real pass and the real engine hold."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -78,6 +80,15 @@ def test_cache_is_what_the_engine_holds(tiny_folder):
     engine.generate(requests, Sampling(max_tokens=20))
     assert engine.is_shared
     assert found.cache == engine.peak_cache_bytes
+
+
+def test_what_a_captured_step_reads_stays_while_training(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (plan._kept("cpu", 100), plan._kept("cuda", 100)) == (0, 100)
+    card = SimpleNamespace(total_memory=400)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert (plan._kept("cuda:0", 100), plan._kept("cuda:0", 101)) == (100, 0)
 
 
 def test_the_largest_micro_batch_fits_the_budget(tiny_folder):

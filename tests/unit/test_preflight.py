@@ -8,6 +8,7 @@ import pytest
 
 from gruppo.cli import main
 from gruppo.cli.written import printable
+from gruppo.preflight import machine
 from gruppo.preflight.advice import Facts, advise
 from gruppo.preflight.report import Size, group_seconds, histogram, worth
 from gruppo.preflight.statistics import (
@@ -125,6 +126,21 @@ def test_a_shared_prompt_makes_larger_groups_cheaper():
     assert group_seconds(4, live=0.5, packed=True, **parts) == 10 + 40 + 45
     assert group_seconds(4, live=1.0, packed=False, **parts) == 40 + 40 + 180
     assert group_seconds(4, live=0.5, packed=True, **parts | {"skips": False}) == 140
+
+
+def test_what_was_read_from_files_counts_as_free(tmp_path, monkeypatch):
+    """Of 512 MiB of a container 500 are used, 300 of them by a cache that can be given up."""
+    mib = 2**20
+    (tmp_path / "memory.max").write_text(f"{512 * mib}\n")
+    (tmp_path / "memory.current").write_text(f"{500 * mib}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 9\ninactive_file {300 * mib}\n")
+    monkeypatch.setattr(machine, "_CONTAINER", tmp_path)
+    given = {"MemAvailable:": 9000 * mib, "VmRSS:": 100 * mib}
+    read = machine._field
+    monkeypatch.setattr(
+        machine, "_field", lambda path, name, **unit: given.get(name) or read(path, name, **unit)
+    )
+    assert machine.available_bytes(load("quickstart", ["model.device=cpu"])) == 412 * mib
 
 
 def size(group: int, dead: float, seconds: float) -> Size:

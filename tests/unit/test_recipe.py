@@ -148,6 +148,7 @@ def test_a_presets_group_and_length_term_give_way_to_a_credit_that_cannot_take_t
 OVERLONG = '[[reward.parts]]\nname = "long"\nkind = "soft_overlong"\nbuffer = 9\n'
 FUNCTION = '[[reward.parts]]\nname = "own"\nkind = "my.module:score"\n'
 RAMP = "ramp = { to = -1.0, to_step = 9 }"
+RISING = "weight = 0.0\nramp = { to = 1.0, to_step = 9 }\n"
 FORMAT = '[[reward.parts]]\nname = "form"\nkind = "format"\n'
 GATED = FORMAT + '[reward.parts.gate]\npart = "right"\n'
 
@@ -177,6 +178,7 @@ GATED = FORMAT + '[reward.parts.gate]\npart = "right"\n'
         ("maxrl", OVERLONG, "reward.parts.long: can make rewards negative"),
         ("maxrl", FORMAT + "weight = -1.0", "reward.parts.form.weight = -1.0: can make"),
         ("maxrl", FORMAT + "minimum = -1.0", "reward.parts.form.minimum = -1.0: can make"),
+        ("maxrl", FORMAT + RISING + "minimum = -1.0", "reward.parts.form.minimum = -1.0: can"),
         ("maxrl", '[rollout]\ntruncation = "penalty"', "truncation_penalty = -0.5: can make"),
     ],
 )

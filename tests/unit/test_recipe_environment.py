@@ -1,13 +1,19 @@
 """The [environment] section, and the packaged tool-use recipe run on a tiny model."""
 
+import json
+import string
+
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from conftest import byte_tokenizer, tiny_config
-from gruppo.cli import main
+from gruppo.cli import lab, main
 from gruppo.environment import Calculator, Reply, TrlEnvironment
+from gruppo.preflight import sample
 from gruppo.recipe import load
+from gruppo.recipe.build import resolve
 from gruppo.recipe.describe import describe
 from gruppo.recipe.dump import dump
 from gruppo.recipe.load import from_table
@@ -139,3 +145,52 @@ def test_the_tool_use_recipe_takes_a_step(folder, tmp_path):
     assert evaluations["tool_use"] == [(0, 0.0), (1, 0.0)]
     assert all(row.interaction.turns == 1 for row in rows)
     assert len(rows) == 4
+
+
+def small(folder, **more):
+    """The quickstart on a tiny model whose turns end at any letter, with `Once` to answer them."""
+    settings = {
+        "model.name": str(folder),
+        "data.held_out": "0",
+        "data.train.0.size": "20",
+        "rollout.prompts_per_step": "2",
+        "rollout.group_size": "2",
+        "rollout.max_tokens": "200",
+        "rollout.stop": str(list(string.ascii_letters)),
+        "environment.use": f'{{kind = "{__name__}:Once"}}',
+    }
+    return load("quickstart", [f"{key}={value}" for key, value in (settings | more).items()])
+
+
+def test_a_preflight_draws_episodes(folder):
+    """An environment that answers once sees two turns."""
+    parts = resolve(small(folder), lambda text: None)
+    try:
+        drawn = sample(parts.recipe, parts.opened, parts.reward, parts.problems, groups=2)
+    finally:
+        parts.close()
+    rows = [row for group in drawn.groups for row in group.completions]
+    assert [row.interaction.turns for row in rows] == [2] * 4
+    assert [row.interaction.ended for row in rows] == ["environment"] * 4
+
+
+def test_the_reward_test_asks_the_environment_for_prompts(folder, tmp_path, capsys):
+    output = tmp_path / "lab.json"
+    recipe = small(
+        folder,
+        **{
+            "environment.use": f'{{kind = "trl", factory = "{__name__}:Game"}}',
+            "reward.parts.lenient": '{name = "tools", kind = "tool_use", weight = 0.1}',
+        },
+    )
+    said = []
+    lab.run(
+        recipe, threshold=0.5, problems=2, samples=2, output=output,
+        console=Console(quiet=True), report=said.append,
+    )  # fmt: skip
+    found = json.loads(output.read_text())
+    assert found["skipped"] == ["tools"]
+    assert [f["rule"] for f in found["findings"] if f["severity"] == "note"][-1] == "skipped"
+    assert found["length"]["count"] == 2
+    prompt = next(made for made in found["attacks"] if made["attack"] == "the prompt")
+    assert prompt["text"].endswith(" Go.")

@@ -12,8 +12,9 @@ from gruppo.recipe.build import open_rewards
 from gruppo.recipe.session import start
 from gruppo.reward import Code, Part, RewardSet
 from gruppo.reward.code import last_block
+from gruppo.reward.code_run import Trial, WrongTests, run
 from gruppo.reward.code_tests import read_suite
-from gruppo.sandbox import Sandbox
+from gruppo.sandbox import Box, NoSandbox, Sandbox, SandboxFailure
 from gruppo.train import train
 from gruppo.types import Completion, Problem, Score
 
@@ -151,6 +152,7 @@ def test_limits_are_the_programs_fault(reward: Code) -> None:
         ({"function": "f", "cases": [{"args": 3, "expected": 1}]}, "gold_unreadable"),
         ({"function": "f x", "cases": [{"args": [], "expected": 1}]}, "gold_unreadable"),
         ({"stdin": [{"input": "1"}]}, "gold_unreadable"),
+        ({"stdin": [{"input": "1", "output": "\ud800"}]}, "gold_unreadable"),
         ({"asserts": ["assert ("]}, "gold_unreadable"),
         ({"asserts": ["assert 1 == 2"]}, "tests_wrong"),
         ({"asserts": ["import os; os._exit(0)"]}, "tests_wrong"),
@@ -159,6 +161,49 @@ def test_limits_are_the_programs_fault(reward: Code) -> None:
 )
 def test_wrong_tests_are_the_graders_fault(reward: Code, tests: object, why: str) -> None:
     assert graded(reward, tests, "def f(): return 1") == [("grader", why)]
+
+
+def test_what_comes_of_a_call_is_the_programs_fault(reward: Code) -> None:
+    """Test code has one box: what a program put into it must not make the row unscored."""
+    ends = {"asserts": ["f(0)", "import os\nos._exit(0)", "f(0)"]}
+    values = graded(reward, ends, "def f(n): return 1", "def f(n): return 1 / 0")
+    assert values == [1 / 3, ("completion", "tests")]
+    fails = {"asserts": ["f(0)", "assert 1 == 2", "f(0)"]}  # for lack of memory, say
+    assert graded(reward, fails, "def f(n): return 1") == [2 / 3]
+    # as an argument, the deepest value that can be sent is too deep
+    again = {"asserts": ["f(f(0))"]}
+    deep = "def f(n):\n    x = 1\n    for _ in range({depth}): x = [x]\n    return 1 if n else x"
+    sources = [deep.format(depth=depth) for depth in (60, 63, 64, 65)]
+    lost = [("completion", "tests"), ("completion", "ValueError")]
+    assert graded(reward, again, *sources) == [1.0, 1.0, *lost]
+
+
+def test_one_rows_odd_failure_is_its_own() -> None:
+    trial = Trial(source="", suite=read_suite(ADD), fast=False)
+
+    def run_into(error: Exception) -> object:
+        def fresh() -> Box:
+            raise error
+
+        return run(fresh, trial)
+
+    result = run_into(KeyError("odd"))
+    assert (type(result), str(result)) == (WrongTests, "KeyError: 'odd'")
+    for error, known in (
+        (SandboxFailure("x"), SandboxFailure),
+        (NoSandbox("x"), NoSandbox),
+        (OSError(24, "none left"), SandboxFailure),
+    ):
+        with pytest.raises(known):
+            run_into(error)
+
+
+def test_a_script_that_runs_out_of_time_is_not_run_again(reward: Code) -> None:
+    cases = [{"input": f"{n}\n", "output": "1\n"} for n in (1, 0, 1, 1)]
+    loops = "if input() == '0':\n    while True: pass\nprint(1)"
+    floods = "if input() == '0': print('x' * (3 << 20))\nprint(1)"
+    crashes = "if input() == '0': raise SystemExit(3)\nprint(1)"
+    assert graded(reward, {"stdin": cases}, loops, floods, crashes) == [0.25, 0.25, 0.75]
 
 
 def test_a_problem_without_tests_is_the_graders_fault(reward: Code) -> None:
@@ -223,8 +268,31 @@ def test_code_tasks_are_right_by_hand() -> None:
     )
     assert item.keys == ("add even list",)
     cases = json.loads(item.info["tests"])["cases"]
-    assert cases[0] == {"args": [[]], "expected": []}
-    assert cases[1] == {"args": [[12, 9, 0, 7, 9]], "expected": [14, 2]}
+    assert len(cases) == 6
+    assert cases[0] == {"args": [[9, 0, 0, 11, 10, -3]], "expected": [2, 2, 12]}
+    assert cases[4] == {"args": [[-3, -5]], "expected": []}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_code_tasks_do_not_pay_for_repeating_the_example(steps: int) -> None:
+    """What a program earns that returns the shown value, and nothing of an empty list."""
+    every, share = 0, 0.0
+    for index in range(400):
+        item = tasks.CodeTasks(steps=steps)(seed=2, index=index)
+        example = item.question.rpartition(" returns ")[2].removesuffix(".")
+        cases = json.loads(item.info["tests"])["cases"]
+        assert f"({cases[0]['args'][0]}) returns" not in item.question
+        right = [
+            case["expected"] in ([], 0)
+            if case["args"] == [[]]
+            else str(case["expected"]) == example
+            for case in cases
+        ]
+        every += all(right)
+        share += sum(right) / len(right)
+    assert every / 400 < 0.15  # score = "all", as in the recipe
+    assert share / 400 < 0.35
+    assert load("code_tasks").reward.parts[0].score == "all"
 
 
 def test_code_tasks_answers_pass_their_own_tests(reward: Code) -> None:

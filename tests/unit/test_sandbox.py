@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gruppo.sandbox import (
+    Box,
     Call,
     NoSandbox,
     Outcome,
@@ -23,8 +24,10 @@ from gruppo.sandbox import (
     encode,
     same,
 )
+from gruppo.sandbox import box as box_module
 from gruppo.sandbox import filter as seccomp
 from gruppo.sandbox.lite import Lite, Unboxed
+from gruppo.sandbox.python import library
 from gruppo.sandbox.wire import check
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
@@ -165,6 +168,26 @@ def test_the_standard_library_is_there_and_nothing_else() -> None:
 
 
 @linux
+def test_installed_packages_cannot_be_read() -> None:
+    found = library(SETTINGS.interpreter)
+    hidden = [Path(path) for path in found.hidden]
+    inside = [path for path in hidden if path.is_relative_to(found.library)]
+    files = [next(path.rglob("*.py")).relative_to(found.library) for path in inside]
+    assert files  # the interpreter's own tests, at least
+    # the folder by which modules are found: another user may not walk to the usual one
+    source = (
+        f"import sys\ntop = next(p for p in sys.path if p.endswith({Path(found.library).name!r}))"
+    )
+    for name in map(str, files):
+        outcome = run_script(f"{source}\nopen(f'{{top}}/{name}')", "")
+        assert b"PermissionError" in outcome.stderr
+    readable, listed = found.split()
+    assert not [path for path in readable for other in hidden if other.is_relative_to(path)]
+    assert found.library in listed
+    assert f"{found.library}/json" in readable
+
+
+@linux
 def test_threads_only_where_they_are_allowed() -> None:
     source = (
         "import threading\nt = threading.Thread(target=print, args=('ran',))\nt.start()\nt.join()"
@@ -204,6 +227,47 @@ def test_every_program_has_a_fresh_box() -> None:
     pids = pool.map(task, range(4))
     pool.close()
     assert len(set(pids)) == 4
+
+
+@linux
+def test_a_spare_box_may_wait_for_longer_than_a_start_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = time.monotonic
+    spare = Box(Lite(), SETTINGS, 61_500)
+    with monkeypatch.context() as later:
+        later.setattr(time, "monotonic", lambda: clock() + 1000.0)
+        spare.wait_ready()
+        outcome = spare.script("print(1)", b"")
+        spare.close()
+    assert (outcome.ended, outcome.stdout) == ("exit", b"1\n")
+
+
+@linux
+def test_only_processes_of_ours_are_killed_and_what_was_said_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kill, killed = os.kill, []
+
+    def watched(pid: int, number: int) -> None:
+        killed.append(pid)
+        kill(pid, number)
+
+    monkeypatch.setattr(os, "kill", watched)
+    monkeypatch.setattr(box_module, "_children", lambda pid: [pid])  # two numbers to kill
+    ended, cut = (Box(Lite(), SETTINGS, 61_500 + n) for n in range(2))
+    ended.wait_ready()
+    outcome = ended.script("print('x' * 1000)", b"")
+    ended.kill()
+    ended.close()
+    ended.kill()
+    assert killed == []  # it had ended by itself
+    cut.close()
+    assert killed == [cut.pid]  # and then its number was free
+    cut.kill()
+    assert killed == [cut.pid]
+    assert len(outcome.stdout) == 1001
+    assert (ended._said["stdout"], ended._ended.stdout) == (b"", b"")
 
 
 @linux

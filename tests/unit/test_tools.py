@@ -12,7 +12,6 @@ from gruppo.environment import (
     Toolbox,
     ToolError,
     calculate,
-    python_environment,
 )
 from gruppo.environment.calls import BadCall, Call, find_calls
 from gruppo.environment.schema import mistake_in
@@ -39,6 +38,10 @@ def fetch(place: str) -> dict:
     """
     if place == "disk":
         raise OSError("disk full")
+    if place == "path":
+        raise FileNotFoundError(2, "No such file or directory", "/data/x")
+    if place == "web":
+        raise ValueError("GET https://me:pw@host/v1?q=1&api_key=abc123&n=2 refused sk-" + "a" * 20)
     if place == "service":
         raise ServiceError("sandbox gone")
     return {"place": {}[place]}
@@ -209,6 +212,31 @@ def test_what_fails_behind_a_tool_is_the_environments_fault():
         reply(call("fetch", place="service"))
 
 
+def test_what_an_argument_can_bring_about_is_the_policys():
+    assert said(call("fetch", place="path")) == [
+        "error: FileNotFoundError: [Errno 2] No such file or directory: '/data/x'"
+    ]
+
+
+def test_errors_give_no_secret_away():
+    assert said(call("fetch", place="web")) == [
+        "error: ValueError: GET https://[redacted]@host/v1?q=1&[redacted]&n=2 refused [redacted]"
+    ]
+
+
+def half(n: int) -> str:
+    """Say half a character.
+
+    Args:
+        n: how often.
+    """
+    return "a\ud800" * n
+
+
+def test_half_a_surrogate_pair_is_told_as_a_question_mark():
+    assert said(call("half", n=2), half) == ["a?a?"]
+
+
 def test_too_many_calls_in_a_turn():
     answer = reply(call("add", a=1) * 10)
     assert [m.content for m in answer.messages] == ["2"] * 8 + ["error: at most 8 calls a turn"]
@@ -316,20 +344,3 @@ def test_guessing_game():
         game.start(problem(answer="seven"))
     with pytest.raises(ValueError, match=r"turn_cost = 2\.0: must be between 0 and 1"):
         GuessingGame(turn_cost=2.0)
-
-
-class Echo:
-    """A runner that runs nothing."""
-
-    def run(self, code):
-        if "boom" in code:
-            raise ServiceError("the box is gone")
-        return f"ran {len(code)} characters"
-
-
-def test_python_tool():
-    episode = python_environment(Echo()).start(problem())
-    answer = episode.reply(call("python", code="print(1)"), ())
-    assert answer.messages == (Message("tool", "ran 8 characters"),)
-    with pytest.raises(ServiceError, match="the box is gone"):
-        episode.reply(call("python", code="boom"), ())

@@ -1,7 +1,10 @@
 """Environments written for TRL: tools of methods, reset, reward, and what cannot be used."""
 
 import json
+import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from gruppo.environment import Trl, TrlEnvironment
@@ -100,3 +103,57 @@ def test_trl_environments_that_are_refused():
         TrlEnvironment(factory=NoTool)
     with pytest.raises(ValueError, match=r"factory = 'no\.such:Thing': cannot be imported"):
         Trl(factory="no.such:Thing")
+
+
+class Waits(Counter):
+    """A method that waits for the test."""
+
+    entered, leave, left = threading.Event(), threading.Event(), threading.Event()
+
+    def wait(self) -> str:
+        """Wait."""
+        Waits.entered.set()
+        Waits.leave.wait(30)
+        self.value = 99
+        Waits.left.set()
+        return "late"
+
+
+def test_an_object_with_a_call_in_it_is_not_used_again():
+    made = TrlEnvironment(factory=Waits)
+    task = problem("Please. Count to 10.")
+    first = made.start(task)
+    turn = call("wait") + call("up", times=1)
+    late = []
+    thread = threading.Thread(target=lambda: late.append(first.reply(turn, ())))
+    thread.start()
+    assert Waits.entered.wait(30)
+    first.close()
+    second = made.start(task)
+    assert [m.content for m in second.reply(call("up", times=1), ()).messages] == ["1"]
+    Waits.leave.set()
+    thread.join(30)
+    assert [m.content for m in second.reply(call("look"), ()).messages] == ["1"]
+    assert [m.content for m in late[0].messages] == ["late", "error: the episode is over"]
+
+
+class Asked(Counter):
+    seen = ()
+
+    def reset(self, prompt, **row):
+        Asked.seen += (prompt[-1]["content"],)
+        self.value, self.limit = 0, 1
+        return f" ({len(prompt[-1]['content'])})"
+
+    def get_reward(self):
+        return np.float32(0.25)
+
+
+def test_reset_gets_the_same_prompt_both_times():
+    made = TrlEnvironment(factory=Asked)
+    task = problem("Please.")
+    posed = replace(task, prompt=made.prompt(task))
+    assert posed.prompt[-1].content == "Please. (7)"
+    episode = made.start(posed)
+    assert Asked.seen == ("Please.", "Please.")
+    assert episode.reward() == 0.25

@@ -113,6 +113,28 @@ def test_tools_are_told_in_words_to_a_template_that_does_not():
     )
 
 
+def test_results_share_a_turn_where_the_template_takes_no_tools():
+    """Gemma's and Mistral's templates refuse two turns of the user in a row."""
+    alternating = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('must alternate') }}{% endif %}{% endfor %}" + CHAT_TEMPLATE
+    )
+    coder = encoder(alternating, tools=TOOLS)
+    ids = coder.continuation([Message("tool", "4"), Message("tool", "5\ud800")], after=END)
+    assert text(coder, ids) == (
+        "\n<|im_start|>user\n<tool_response>\n4\n</tool_response>\n"
+        "<tool_response>\n5?\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_stop_string_is_no_end_of_a_turn():
+    """A turn that a line break cut short; the template has one before its end."""
+    coder = encoder(CHAT_TEMPLATE.replace("<|im_end|>", "\n<|im_end|>"))
+    line = coder.tokenizer.encode("\n", add_special_tokens=False)[0]
+    ids = coder.continuation([Message("user", "x")], after=line)
+    assert text(coder, ids).startswith("\n<|im_end|>\n<|im_start|>user")
+
+
 REFUSALS = [
     ("{% if messages | length > 2 %}{{ raise_exception('two turns only') }}{% endif %}", "refuses"),
     (

@@ -50,13 +50,13 @@ def _gflops(device: str, dtype: torch.dtype, rows: int, inner: int, columns: int
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(columns, inner, device=device).to(dtype)
     seconds: list[float] = []
-    # the first chooses and compiles kernels; slow types are not tried for long
-    while len(seconds) < 4 and sum(seconds) < _PATIENCE_S:
+    # the first chooses and compiles kernels, and does not count; slow types are not tried for long
+    while len(seconds) < 2 or (len(seconds) < 4 and sum(seconds) < _PATIENCE_S):
         started = time.perf_counter()
         torch.nn.functional.linear(left, right)
         wait(device)
         seconds.append(time.perf_counter() - started)
-    return 2 * rows * inner * columns / min(seconds) / 1e9
+    return 2 * rows * inner * columns / min(seconds[1:]) / 1e9
 
 
 def wait(device: str) -> None:

@@ -61,7 +61,7 @@ def measure(work: Work, *, gflops: dict[str, float] | None = None) -> Measured:
     with watching() as others:
         for number in range(work.steps):
             bench.step(work.warmup + number)
-    peak = peak_gib(bench.device)
+    peak, cache = peak_gib(bench.device), bench.engine.peak_cache_bytes / 2**30
     bench.prefill()
     bench.save()
     seconds = {name: statistics.median(values) for name, values in bench.seconds.items()}
@@ -79,7 +79,7 @@ def measure(work: Work, *, gflops: dict[str, float] | None = None) -> Measured:
         utilisation=bench.utilisation(seconds, top) if top else {},
         padding=0.0 if bench.policy.packed else bench.padding,
         peak_gib=peak,
-        cache_gib=bench.engine.peak_cache_bytes / 2**30,
+        cache_gib=cache,
         other_cpus=others.share,
     )
 

@@ -62,7 +62,11 @@ def run(
     reward = open_rewards(recipe, report)
     try:
         splits = open_problems(
-            recipe.data, lambda messages: (), report, max_prompt_tokens=_ANY_LENGTH
+            recipe.data,
+            lambda messages: (),
+            report,
+            max_prompt_tokens=_ANY_LENGTH,
+            environment=recipe.environment.open(),
         )
         template = recipe.reward.own_answer()
         if template is None:
@@ -112,13 +116,14 @@ def _sampled(
             opened.encoder.encode,
             report,
             max_prompt_tokens=prompt_limit(recipe, context_length(opened.model)),
+            environment=opened.environment,
         )
         groups = max(1, -(-count // recipe.rollout.group_size))
         drawn = sample(recipe, opened, reward, splits, groups=groups, report=report).groups
     finally:
         opened.engine.close()
     pairs = [
-        (float(len(completion.tokens)), score.total)
+        (float(len(completion.own_tokens)), score.total)
         for group in drawn
         for completion, score in zip(group.completions, group.scores, strict=True)
         if score.total is not None
@@ -193,6 +198,7 @@ def as_table(
         ],
         "unequal": [asdict(unequal) for unequal in seen.unequal],
         "hung": list(seen.hung),
+        "skipped": list(seen.skipped),
         "length": asdict(lengths),
         "seconds_per_completion": seen.seconds_per_row,
         "slowest": {"name": seen.slowest[0], "seconds": seen.slowest[1]},

@@ -7,18 +7,26 @@ from gruppo.environment.base import Continue, Environment, Episode, Limits, Repl
 from gruppo.environment.calculator import Calculator, calculate
 from gruppo.environment.episodes import Episodes
 from gruppo.environment.guessing import GuessingGame
-from gruppo.environment.python import Runner, python_environment, python_tool
+from gruppo.environment.python import (
+    BoxRunner,
+    Python,
+    Runner,
+    python_environment,
+    python_tool,
+)
 from gruppo.environment.tools import Tool, Toolbox
 from gruppo.environment.trl import Trl, TrlEnvironment
 
 KINDS: dict[str, type] = {
     "calculator": Calculator,
     "guessing_game": GuessingGame,
+    "python": Python,
     "trl": Trl,
 }
 
 __all__ = [
     "KINDS",
+    "BoxRunner",
     "Calculator",
     "Continue",
     "Environment",
@@ -26,6 +34,7 @@ __all__ = [
     "Episodes",
     "GuessingGame",
     "Limits",
+    "Python",
     "Reply",
     "Runner",
     "Tool",

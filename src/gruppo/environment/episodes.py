@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Real
 
 from gruppo.environment.base import Continue, Environment, Episode, Limits, Reply
 from gruppo.environment.watched import Broken, T, call_all
@@ -215,7 +216,7 @@ class Episodes:
         for (run, _), reward in zip(judged, rewards, strict=True):
             if reward is None:
                 continue
-            if isinstance(reward, int | float) and math.isfinite(reward):
+            if isinstance(reward, Real) and math.isfinite(reward):
                 run.reward = float(reward)
             else:
                 run.fail(_broken(reward, "a finite number or None"), "reward")

@@ -2,15 +2,17 @@
 
 A turn without a call ends the episode. A call that is malformed, unknown, or makes its tool raise
 is the policy's business: it is answered with an error, and the episode goes on (were it unscored
-instead, a policy could learn to break its tools where it would lose). Only OSError and ServiceError
-are the environment's fault: a disk, a service or a sandbox failed.
+instead, a policy could learn to break its tools where it would lose). The environment's fault are
+ServiceError, and OSError of kinds that no argument brings about: a full disk, a lost connection.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Final, Protocol, runtime_checkable
 
 from gruppo.environment.base import Reply, ToolError
@@ -20,7 +22,32 @@ from gruppo.errors import ServiceError
 from gruppo.types import Message, Problem
 
 _CUT: Final = "\n[cut]"
-_MAX_CALLS: Final = 8
+MAX_CALLS: Final = 8
+"""Calls of a turn that are run; further ones are answered with an error."""
+
+_POLICYS: Final = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    TimeoutError,
+)
+"""What an argument can bring about: a path that is not there, a request that takes too long."""
+
+_SECRETS: Final = (
+    re.compile(
+        r"(?i)(?<![a-z0-9])(?:(?:api|access|auth|secret)[_-]?)?"
+        r"(?:key|token|secret|password|passwd|signature|sig)=[^\s&\"'<>]+"
+    ),
+    re.compile(r"(?i)\bbearer\s+[a-z0-9._~+/-]{8,}=*"),
+    re.compile(r"(?<=://)[^\s/@\"']+:[^\s/@\"']+(?=@)"),
+    re.compile(
+        r"(?<![A-Za-z0-9_-])(?:sk-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}"
+        r"|glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,})"
+    ),
+)
+"""What the text of an exception may give away of how a tool reaches its service."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +123,9 @@ class ToolEpisode:
     def reply(self, text: str, tokens: tuple[int, ...]) -> Reply:
         """Run the calls of a turn, in order; one message each."""
         found = find_calls(text, self.calls)
-        answers = [self._answer(call) for call in found[:_MAX_CALLS]]
-        if len(found) > _MAX_CALLS:
-            answers.append((f"error: at most {_MAX_CALLS} calls a turn", False))
+        answers = [self._answer(call) for call in found[:MAX_CALLS]]
+        if len(found) > MAX_CALLS:
+            answers.append((f"error: at most {MAX_CALLS} calls a turn", False))
         return Reply(
             messages=tuple(Message("tool", text) for text, _ in answers),
             calls=len(found),
@@ -106,8 +133,9 @@ class ToolEpisode:
         )
 
     def reward(self) -> float | None:
-        """What the judge says."""
-        return self.judge()
+        """What the judge says (numbers of other libraries as floats)."""
+        said = self.judge()
+        return float(said) if isinstance(said, Real) else said
 
     def close(self) -> None:
         """Free what the tools hold."""
@@ -121,13 +149,19 @@ class ToolEpisode:
             if call.name not in self.tools:
                 known = ", ".join(self.tools)
                 raise ToolError(f"there is no tool {call.name[:80]!r}; there are: {known}")
-            return _cut(self.tools[call.name](call.arguments), self.max_result), True
-        except (OSError, ServiceError):
+            return self._told(self.tools[call.name](call.arguments)), True
+        except ServiceError:
             raise
         except ToolError as error:
-            return _cut(f"error: {error}", self.max_result), False
+            return self._told(f"error: {_hidden(str(error))}"), False
         except Exception as error:
-            return _cut(f"error: {type(error).__name__}: {error}", self.max_result), False
+            if isinstance(error, OSError) and not isinstance(error, _POLICYS):
+                raise
+            return self._told(f"error: {type(error).__name__}: {_hidden(str(error))}"), False
+
+    def _told(self, text: str) -> str:
+        # half a surrogate pair is no text that could be encoded or recorded
+        return _cut(text.encode("utf-8", "replace").decode(), self.max_result)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +238,12 @@ def instructions(tools: Sequence[Tool], calls: CallFormat) -> str:
         f"You can call these tools:\n{schemas}\n"
         f"To call one, write {example_call(calls)} and end your turn; the result follows."
     )
+
+
+def _hidden(text: str) -> str:
+    for pattern in _SECRETS:
+        text = pattern.sub("[redacted]", text)
+    return text
 
 
 def _cut(text: str, most: int) -> str:

@@ -3,7 +3,8 @@
 Such a class has ``reset(**row)``, which may return a text that ends the prompt; its other public
 methods are tools; ``get_reward()``, if there is one, judges the episode. One object serves one
 episode at a time and is reset and used again. An exception of a method is told to the policy, as
-TRL does. Texts only: no images, and one class for all rows.
+TRL does. An object whose method still runs when its episode is closed is not used again. Texts
+only: no images, and one class for all rows.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, final
 
+from gruppo.environment.base import ToolError
 from gruppo.environment.calls import CallFormat
 from gruppo.environment.tools import Tool, ToolEpisode, check_result_size, instructions, no_reward
 from gruppo.types import Message, Problem
@@ -33,6 +36,7 @@ class TrlEnvironment:
     calls: CallFormat = "hermes"
     max_result: int = 2000
     _free: list[object] = field(default_factory=list, repr=False, compare=False)
+    _said: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_result_size(self.max_result)
@@ -56,11 +60,11 @@ class TrlEnvironment:
     def prompt(self, problem: Problem) -> tuple[Message, ...]:
         """The problem's prompt with what ``reset`` says at its end."""
         made = self._take()
-        try:
-            said = _reset(made, problem)
-        finally:
-            self._free.append(made)
-        return _with(problem.prompt, said)
+        said = _reset(made, problem)
+        self._free.append(made)
+        prompt = _with(problem.prompt, said)
+        self._said[_key(replace(problem, prompt=prompt))] = len(said or "")
+        return prompt
 
     def start(self, problem: Problem) -> ToolEpisode:
         """Reset an object for an episode on ``problem``, whose prompt `prompt` has made.
@@ -69,23 +73,36 @@ class TrlEnvironment:
             ValueError: ``reset`` says another thing than in the prompt.
         """
         made = self._take()
-        said = _reset(made, problem)
+        said = _reset(made, self._asked(problem))
         if said and not problem.prompt[-1].content.endswith(said):
             raise ValueError(
                 f"{_class(made)}.reset says {said!r:.80}, and said something else when the prompt "
                 "was made: it must depend on its arguments alone"
             )
         judge = _methods(made).get("get_reward")
+        loan = _Loan(lambda: self._free.append(made))
         return ToolEpisode(
-            tools={tool.name: tool for tool in _tools(made)},
+            tools={tool.name: replace(tool, run=loan.guarded(tool.run)) for tool in _tools(made)},
             calls=self.calls,
             max_result=self.max_result,
-            judge=_waited(judge) if judge else no_reward,
-            end=lambda: self._free.append(made),
+            judge=loan.guarded(_waited(judge)) if judge else no_reward,
+            end=loan.end,
         )
 
+    def _asked(self, problem: Problem) -> Problem:
+        """``problem`` with the prompt that it had before ``reset`` first spoke."""
+        said = self._said.get(_key(problem), 0)
+        if not said:
+            return problem
+        last = problem.prompt[-1]
+        bare = replace(last, content=last.content[:-said])
+        return replace(problem, prompt=(*problem.prompt[:-1], bare))
+
     def _take(self) -> object:
-        return self._free.pop() if self._free else self.factory()
+        try:  # episodes are started in several threads
+            return self._free.pop()
+        except IndexError:
+            return self.factory()
 
     def _known(self) -> list[Tool]:
         made = self._take()
@@ -127,6 +144,49 @@ class Trl:
         return TrlEnvironment(
             factory=lambda: found(**options), calls=self.calls, max_result=self.max_result
         )
+
+
+@final
+class _Loan:
+    """An object in use by one episode; given back at its end unless a call is still in it.
+
+    A call that was not answered in time goes on in its thread, and would write to the next
+    episode's object.
+    """
+
+    def __init__(self, give_back: Callable[[], None]) -> None:
+        self._give_back = give_back
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._over = False
+
+    def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, counted while it runs, and refused once the episode is over."""
+
+        @wraps(function)
+        def call(*values: Any, **options: Any) -> Any:
+            with self._lock:
+                if self._over:
+                    raise ToolError("the episode is over")
+                self._inside += 1
+            try:
+                return function(*values, **options)
+            finally:
+                with self._lock:
+                    self._inside -= 1
+
+        return call
+
+    def end(self) -> None:
+        """The episode is over."""
+        with self._lock:
+            self._over = True
+            if not self._inside:
+                self._give_back()
+
+
+def _key(problem: Problem) -> int:
+    return hash((problem.source, problem.id, problem.prompt))
 
 
 def _reset(made: object, problem: Problem) -> str | None:

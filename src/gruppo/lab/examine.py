@@ -10,26 +10,26 @@ import re
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
 
+from gruppo.lab.adapted import with_deadline, without_episodes
 from gruppo.lab.answers import others
 from gruppo.lab.attacks import ATTACKS, Kind, Target
 from gruppo.lab.layout import PLACE, USUAL, Layout
-from gruppo.reward import Function, RewardSet
+from gruppo.reward import RewardSet
 from gruppo.reward.answer import gold_text
 from gruppo.types import Completion, Problem, Score
-
-DEADLINE_S: Final = 10.0
-"""A reward function gets no longer here, whatever the recipe allows: there is much to try."""
 
 _MAX_HANGS: Final = 3
 _REPEATED: Final = 2  # problems whose groups are scored again
 _MAX_PLAIN: Final = 2000  # characters of an attack's text that a report shows
 _GOLDEN: Final = "golden"
 
-_LATE: Final = frozenset({"timeout", "died"})
+_LATE: Final = frozenset(
+    {"timeout", "died", "service_timeout", "service_deadline", "service_connection"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,10 @@ class Unequal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examination:
-    """What was scored. ``golden`` are scored among the attacks, ``alone`` by themselves."""
+    """What was scored. ``golden`` are scored among the attacks, ``alone`` by themselves.
+
+    ``skipped`` are the reward's parts that read an episode, which no made completion has.
+    """
 
     layout: Layout
     layout_is_known: bool
@@ -75,6 +78,7 @@ class Examination:
     minimum: float
     seconds_per_row: float
     slowest: tuple[str, float]
+    skipped: tuple[str, ...]
 
 
 def examine(
@@ -93,10 +97,11 @@ def examine(
         max_tokens: budget of a completion; longer ones are marked as cut.
 
     Raises:
-        ValueError: there are no problems.
+        ValueError: there are no problems, or all task parts read episodes.
     """
     if not problems:
         raise ValueError("data: no problems to try the reward on")
+    reward, skipped = without_episodes(reward)
     scorer = _Scorer(with_deadline(reward), max_tokens)
     layout = Layout(template) if template is not None else find_layout(scorer.reward, problems)
     targets = make_targets(problems, layout)
@@ -120,7 +125,6 @@ def examine(
         golden = layout.own(targets[number].gold)
         unequal += _again(scorer, problems[number], golden, grouped[number], texts[number])
     unequal += _in_company(singles, grouped[0])
-    tasks = [part for part in reward.parts if part.name in reward.task_names]
     return Examination(
         layout=layout,
         layout_is_known=template is not None,
@@ -132,21 +136,11 @@ def examine(
         unequal=tuple(unequal),
         hung=tuple(hung),
         gave_up=gave_up,
-        minimum=min(part.minimum for part in tasks),
+        minimum=min(part.minimum for part in reward.parts if part.name in reward.task_names),
         seconds_per_row=scorer.mean_seconds,
         slowest=scorer.slowest,
+        skipped=skipped,
     )
-
-
-def with_deadline(reward: RewardSet, seconds: float = DEADLINE_S) -> RewardSet:
-    """``reward`` with functions that get at most ``seconds`` for a call."""
-    parts = tuple(
-        replace(part, reward=replace(r, timeout_s=min(r.timeout_s, seconds)))
-        if isinstance(r := part.reward, Function)
-        else part
-        for part in reward.parts
-    )
-    return replace(reward, parts=parts)
 
 
 def find_layout(reward: RewardSet, problems: Sequence[Problem]) -> Layout:
@@ -290,10 +284,11 @@ def _in_company(singles: dict[str, Score], grouped: dict[str, Score]) -> list[Un
 def _differing(
     how: Literal["again", "order", "company"], first: dict[str, Score], then: dict[str, Score]
 ) -> list[Unequal]:
+    # what was not scored in time is no other score; it is told by itself
     return [
         Unequal(how=how, name=name, first=score.task, then=then[name].task)
         for name, score in first.items()
-        if score.task != then[name].task
+        if score.task != then[name].task and not (is_late(score) or is_late(then[name]))
     ]
 
 

@@ -370,6 +370,17 @@ def _details(seen: Examination, threshold: float) -> Iterator[Finding]:
         )
 
 
+def _skipped(seen: Examination, threshold: float) -> Iterator[Finding]:
+    """Parts that no made completion can be tried on."""
+    if seen.skipped:
+        yield Finding(
+            severity="note",
+            rule="skipped",
+            text=f"not tried: {', '.join(seen.skipped)}, which read episodes with an environment",
+            fix="draw completions of the model (--samples), which are episodes",
+        )
+
+
 def _shown(text: str, width: int = 70) -> str:
     return repr(text if len(text) <= width else text[:width] + "…")
 
@@ -383,4 +394,5 @@ RULES: Final[tuple[Rule, ...]] = (
     _failures,
     _stability,
     _details,
+    _skipped,
 )

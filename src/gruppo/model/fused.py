@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from gruppo.model.products import current_products, multiplying
 from gruppo.model.rule import LogitRule
-from gruppo.native import has_softmax, pick, pick_gradient_
+from gruppo.native import can_softmax, pick, pick_gradient_
 
 KEPT_BYTES: Final = 256 * 2**20
 """Logits of one forward pass that are kept for its backward pass."""
@@ -172,7 +172,7 @@ class _Head:
         return self.rule.chain_(dz, z)
 
     def _is_native(self, z: Tensor) -> bool:
-        return self.rule.softcap is None and has_softmax(z)
+        return self.rule.softcap is None and can_softmax(z)
 
 
 @dataclass(frozen=True, slots=True)

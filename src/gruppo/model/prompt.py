@@ -6,6 +6,7 @@ An :class:`Encoder` is used once per prompt; completions are never re-tokenised.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -104,8 +105,9 @@ class Encoder:
     def continuation(self, messages: Sequence[Message], *, after: int) -> tuple[int, ...]:
         """Token ids of ``messages`` after an assistant's turn, and of the next turn's opening.
 
-        Contents are encoded as text: what spells a control token in them is none. A tool's result
-        goes in a user's turn, in ``<tool_response>`` tags, if the template takes no tools.
+        Contents are encoded as text: what spells a control token in them is none. Results of tools
+        go in a user's turn, each in ``<tool_response>`` tags, if the template takes no tools; those
+        that follow one another go in one turn, because many templates want turns to alternate.
 
         Args:
             messages: What follows the turn; at least one.
@@ -118,10 +120,12 @@ class Encoder:
         if not self.chat:
             raise ValueError("a dialogue needs a chat template: set chat = true")
         pieces = pieces_after_turn(
-            [self._told(message) for message in messages],
+            self._told(messages),
             lambda turns: self._template(turns, add_generation_prompt=True),
         )
         ids = encode_pieces(pieces, self.tokenizer)
+        if after not in self.stop_tokens:  # an end that a stop string cut off, even if it equals
+            return ids  # what the template puts before it (a line break, say)
         # the template may put white space before the end of a turn
         ends = (at for at in range(min(len(ids), 3)) if ids[at] == after)
         end = next((at for at in ends if not self.decode(ids[:at]).strip()), -1)
@@ -143,10 +147,19 @@ class Encoder:
             return (Message("system", told), *messages[1:])
         return (Message("system", self._instructions), *messages)
 
-    def _told(self, message: Message) -> Message:
-        if message.role != "tool" or self.takes_tools:
-            return message
-        return Message("user", f"<tool_response>\n{message.content}\n</tool_response>")
+    def _told(self, messages: Sequence[Message]) -> list[Message]:
+        """``messages`` as the template takes them, without halves of surrogate pairs."""
+        texts = [Message(m.role, m.content.encode("utf-8", "replace").decode()) for m in messages]
+        if self.takes_tools:
+            return texts
+        told: list[Message] = []
+        for is_tool, run in groupby(texts, lambda message: message.role == "tool"):
+            if not is_tool:
+                told += run
+                continue
+            results = (f"<tool_response>\n{m.content}\n</tool_response>" for m in run)
+            told.append(Message("user", "\n".join(results)))
+        return told
 
     def _shows(self, tools: Sequence[Mapping[str, object]]) -> bool:
         """Whether the template writes anything of ``tools``."""

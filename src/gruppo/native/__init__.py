@@ -3,18 +3,18 @@
 Each has an equal in plain torch, which is used where no compiler is found.
 """
 
-from gruppo.native.attention import decode_attention, is_supported
+from gruppo.native.attention import can_attend, decode_attention
 from gruppo.native.compiled import kernels
 from gruppo.native.layer import add_norm, rotate_and_keep, swiglu
 from gruppo.native.sampling import can_sample, sample
-from gruppo.native.softmax import has_softmax, pick, pick_gradient_
+from gruppo.native.softmax import can_softmax, pick, pick_gradient_
 
 __all__ = [
     "add_norm",
+    "can_attend",
     "can_sample",
+    "can_softmax",
     "decode_attention",
-    "has_softmax",
-    "is_supported",
     "kernels",
     "pick",
     "pick_gradient_",

@@ -14,7 +14,7 @@ _NAMES = {
 }
 
 
-def is_supported(query: Tensor) -> bool:
+def can_attend(query: Tensor) -> bool:
     """Whether ``decode_attention`` can take such queries here."""
     return query.device.type == "cpu" and query.dtype in _NAMES and kernels() is not None
 
@@ -36,15 +36,18 @@ def decode_attention(  # noqa: PLR0913 - eight tensors, each one thing
 
     It sees the first ``prompt_length[n]`` keys of the prompt and ``own_length[n] + 1`` of its own
     (the last is that of the query's token); of these the last ``window``. Only for what
-    ``is_supported``. Products and sums are in float32.
+    ``can_attend``. Products and sums are in float32.
     """
     rows, heads, width = query.shape
     key_heads = prompt_keys.shape[1]
     query = query.contiguous()
     out = torch.empty_like(query)
-    tensors = (query, prompt_keys, prompt_values, own_keys, own_values)
-    tensors += (place, prompt_length, own_length, out)
+    floats = (query, prompt_keys, prompt_values, own_keys, own_values)
+    indices = (place, prompt_length, own_length)
+    tensors = (*floats, *indices, out)
     assert all(tensor.is_contiguous() for tensor in tensors), "buffers are whole"
+    assert all(tensor.dtype == query.dtype for tensor in floats), "one type of numbers"
+    assert all(tensor.dtype == torch.int64 for tensor in indices), "indices are int64"
     kernel(_NAMES[query.dtype], "iiiiiiifppppppppp")(
         *(rows, key_heads, heads // key_heads, width),
         *(prompt_keys.shape[2], own_keys.shape[2], window or 0, scaling),

@@ -1,7 +1,7 @@
 """What a decoder layer does to one token a row between its matrix products.
 
-Tensors are contiguous and on the CPU; products are in float32 or bfloat16 (``is_supported``). No
-weights of matrices, no attention.
+Tensors are contiguous and on the CPU; products are in float32 or bfloat16 (``can_attend`` tells of
+both). No weights of matrices, no attention.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def rotate_and_keep(
     assert packed.dtype == own_keys.dtype == own_values.dtype
     assert own_values.shape == own_keys.shape
     assert cosine.dtype == sine.dtype == torch.float32
+    assert own_length.dtype == torch.int64, "indices are int64"
     assert cosine.shape == sine.shape == (rows, width)
     kernel(f"rotate_{_NAMES[packed.dtype]}", "iiiiiffppppppppp")(
         *(rows, heads, key_heads, width, columns, query_epsilon, key_epsilon),

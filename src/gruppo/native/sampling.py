@@ -29,8 +29,8 @@ def sample(
     """
     logits, uniform = logits.contiguous(), uniform.to(torch.float64).contiguous()
     rows, width = logits.shape
-    token = torch.empty(rows, dtype=torch.long)
-    logp = torch.empty(rows)
+    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logp = torch.empty(rows, dtype=torch.float32, device=logits.device)
     broken = kernel(_NAMES[logits.dtype], "iifidfpppp", ctypes.c_int64)(
         *(rows, width, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
         *(tensor.data_ptr() for tensor in (logits, uniform, token, logp)),

@@ -105,18 +105,18 @@ void backward(int64_t rows, int64_t width, float scale, float* z, const int64_t*
 }  // namespace
 
 // z [rows, width] contiguous; token, and all others, [rows]. `entropy` may be null.
-extern "C" void softmax_forward_float32(const int64_t* sizes, float scale, const float* z,
+extern "C" void softmax_forward_float32(int64_t rows, int64_t width, float scale, const float* z,
                                         const int64_t* token, float* logp, float* lse,
                                         float* entropy) {
   const auto run = entropy ? forward<true> : forward<false>;
-  run(sizes[0], sizes[1], scale, z, token, logp, lse, entropy);
+  run(rows, width, scale, z, token, logp, lse, entropy);
 }
 
 // Turns z into the gradient. `grad_entropy` may be null; then `entropy` is not read.
-extern "C" void softmax_backward_float32(const int64_t* sizes, float scale, float* z,
+extern "C" void softmax_backward_float32(int64_t rows, int64_t width, float scale, float* z,
                                          const int64_t* token, const float* lse,
                                          const float* entropy, const float* grad_logp,
                                          const float* grad_entropy) {
   const auto run = grad_entropy ? backward<true> : backward<false>;
-  run(sizes[0], sizes[1], scale, z, token, lse, entropy, grad_logp, grad_entropy);
+  run(rows, width, scale, z, token, lse, entropy, grad_logp, grad_entropy);
 }

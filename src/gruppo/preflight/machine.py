@@ -25,16 +25,18 @@ def available_bytes(recipe: Recipe) -> int | None:
         return None
     most, used = _number(_CONTAINER / "memory.max"), _number(_CONTAINER / "memory.current")
     if most is not None and used is not None:
-        free = min(free, max(most - used, 0))
+        # what the container read from files is counted as used, and given up when memory is short
+        cached = _field(_CONTAINER / "memory.stat", "inactive_file ", unit=1) or 0
+        free = min(free, max(most - max(used - cached, 0), 0))
     return free + own
 
 
-def _field(path: Path, name: str) -> int | None:
+def _field(path: Path, name: str, *, unit: int = 1024) -> int | None:
     if not path.exists():
         return None
     for line in path.read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith(name):
-            return int(line.split()[1]) * 1024
+            return int(line.split()[1]) * unit
     return None
 
 

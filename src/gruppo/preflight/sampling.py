@@ -11,7 +11,7 @@ from typing import Final
 
 from gruppo.data import ProblemStream
 from gruppo.recipe import Recipe
-from gruppo.recipe.build import Opened
+from gruppo.recipe.build import Opened, make_sampler
 from gruppo.recipe.problems import Splits
 from gruppo.reward import RewardSet
 from gruppo.rollout import Collected, Rollouts
@@ -59,6 +59,7 @@ def sample(
         settings=replace(recipe.rollout, filter="keep", prompts_per_step=each, oversample=1.0),
         seed=recipe.train.seed + _OTHER_SEED,
         greedy_baseline=objective.needs_greedy,
+        sampler=make_sampler(recipe, opened),
     )
     batches = []
     for done in range(0, groups, each):

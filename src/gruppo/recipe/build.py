@@ -159,7 +159,8 @@ def _encoder(loaded: Loaded, recipe: Recipe, environment: Environment | None) ->
     return encoder
 
 
-def _sampler(recipe: Recipe, opened: Opened) -> Episodes | None:
+def make_sampler(recipe: Recipe, opened: Opened) -> Episodes | None:
+    """What draws episodes with the recipe's environment; None if completions are one turn."""
     if opened.environment is None:
         return None
     return Episodes(
@@ -238,7 +239,7 @@ def _assemble(recipe: Recipe, opened: Opened, reward: RewardSet, problems: Split
         settings=recipe.rollout,
         seed=recipe.train.seed,
         greedy_baseline=objective.needs_greedy,
-        sampler=_sampler(recipe, opened),
+        sampler=make_sampler(recipe, opened),
     )
     return Parts(
         recipe=recipe,
@@ -265,7 +266,7 @@ def make_evaluator(
         problems=problems.held_out,
         settings=recipe.eval,
         sampling=recipe.rollout.sampling(opened.encoder.stop_tokens),
-        sampler=_sampler(recipe, opened),
+        sampler=make_sampler(recipe, opened),
     )
 
 

@@ -97,6 +97,12 @@ def _counts(part: Any) -> bool:
     return part.weight != 0 or part.ramp is not None
 
 
+def _heaviest(part: Any) -> float:
+    """The weight of the largest size that the part ever has."""
+    last = part.weight if part.ramp is None else part.ramp.to
+    return last if abs(last) > abs(part.weight) else part.weight
+
+
 def _changed(part: Any, path: str, reason: str) -> Iterator[Mistake]:
     """What makes other numbers than 0 and 1 of a task that gives those."""
     if part.ramp is not None:
@@ -117,11 +123,11 @@ def _negative(reward: Any, rollout: Any) -> Iterator[Mistake]:
                 yield mistake(path, f"{reason}; {fix}")
             elif part.weight < 0:
                 yield mistake(f"{path}.weight", f"{reason}; {fix}", part.weight)
-            elif part.weight * part.minimum < 0:
+            elif _heaviest(part) * part.minimum < 0:
                 yield mistake(f"{path}.minimum", f"{reason}; {fix}", part.minimum)
             if part.ramp is not None and part.ramp.to < 0:
                 yield mistake(f"{path}.ramp.to", f"{reason}; {fix}", part.ramp.to)
-            if part.gate is not None and part.weight * (part.gate.otherwise or 0.0) < 0:
+            if part.gate is not None and _heaviest(part) * (part.gate.otherwise or 0.0) < 0:
                 yield mistake(f"{path}.gate.otherwise", f"{reason}; {fix}", part.gate.otherwise)
     if rollout.truncation == "penalty" and rollout.truncation_penalty < 0:
         yield mistake(

@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import Discriminator
 
-from gruppo.environment import Calculator, Environment, GuessingGame, Limits, Trl
+from gruppo.environment import Calculator, Environment, GuessingGame, Limits, Python, Trl
 from gruppo.recipe.custom import Custom
 from gruppo.types import Message
 
-AnyEnvironment = Annotated[Calculator | GuessingGame | Trl | Custom, Discriminator("kind")]
+AnyEnvironment = Annotated[Calculator | GuessingGame | Python | Trl | Custom, Discriminator("kind")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,8 @@ class EnvironmentSection:
 
     def __post_init__(self) -> None:
         self.limits()
+        if isinstance(self.use, Python):
+            self.use.check(self.max_seconds)
 
     def limits(self) -> Limits:
         """The limits of an episode. Raises ValueError for one that is out of range."""
@@ -54,8 +56,8 @@ class EnvironmentSection:
         match self.use:
             case None:
                 return None
-            case Trl() as trl:
-                return trl.open()
+            case Python() | Trl() as made:
+                return made.open()
             case Custom() as custom:
                 return _checked(custom)
             case own:
@@ -73,5 +75,8 @@ def _checked(custom: Custom) -> Environment:
 
 
 def probe(environment: Environment) -> list[Message]:
-    """A message such as the environment answers with, to try the chat template on."""
-    return [Message("tool" if environment.tools else "user", "?")]
+    """Messages such as the environment answers with, to try the chat template on.
+
+    A turn may call tools twice, and is then answered twice.
+    """
+    return [Message("tool", "?")] * 2 if environment.tools else [Message("user", "?")]

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from gruppo.budget import Budget
+from gruppo.environment import Python
 from gruppo.interrupt import ending_with
 from gruppo.policy import checkpoint
 from gruppo.recipe.build import Parts, Report, resolve
@@ -26,6 +27,7 @@ from gruppo.recipe.recipe import Recipe
 from gruppo.recipe.source import override, parse
 from gruppo.record import Database, RunDirectory, Tracker, check_unused, client_of
 from gruppo.reward import Code
+from gruppo.sandbox import choose
 from gruppo.train import Run, TrainState
 from gruppo.types import Callback, Listener
 
@@ -103,9 +105,11 @@ def start(
 
 
 def _sandboxes(parts: Parts) -> dict[str, str]:
-    """How the programs of each code reward are run, in words."""
+    """How the programs of each code reward and of the environment are run, in words."""
     rewards = {part.name: part.reward for part in parts.reward.parts}
-    return {name: code.open().text for name, code in rewards.items() if isinstance(code, Code)}
+    told = {name: code.open().text for name, code in rewards.items() if isinstance(code, Code)}
+    use = parts.recipe.environment.use
+    return told | {"environment": choose(use.sandbox).text} if isinstance(use, Python) else told
 
 
 @contextmanager

@@ -34,9 +34,10 @@ class Code:
 
     ``sandbox`` says how programs are run: see ``gruppo.sandbox.Sandbox``. Standard input cases get
     a fresh box each; function cases and assertions one for the program (and one for the test code).
-    A program that crashes or runs out of time, memory or output fails the tests that are left;
-    with none passed it scores the part's minimum, counted by kind. Where the sandbox itself or the
-    tests fail, the row is unscored.
+    A program that runs out of time or writes too much fails the tests that are left, and so does
+    one that crashes, except in the fresh boxes of standard input. With none passed it scores the
+    part's minimum, counted by kind. Where the sandbox itself fails, or test code without having
+    called the program, the row is unscored.
 
     Raises:
         ValueError: no workers.

@@ -12,14 +12,23 @@ from functools import singledispatch
 from typing import Any, Final
 
 from gruppo.reward.code_tests import Asserts, Calls, Streams, Suite
-from gruppo.sandbox import Call, FreshBox, Outcome, Returned, Unsendable, same
+from gruppo.sandbox import (
+    Call,
+    FreshBox,
+    NoSandbox,
+    Outcome,
+    Returned,
+    SandboxFailure,
+    Unsendable,
+    same,
+)
 from gruppo.sandbox.wire import check
 
 _TEXT: Final = 200
 
 
 class WrongTests(RuntimeError):
-    """The tests themselves failed, without the program having done anything."""
+    """The tests themselves failed, without the program having been called."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +51,22 @@ class Result:
 
 
 def run(fresh: FreshBox, trial: Trial) -> Result | WrongTests:
-    """Run a program against its tests in fresh boxes."""
+    """Run a program against its tests in fresh boxes.
+
+    Raises:
+        SandboxFailure, NoSandbox: no fault of these tests. Whatever else fails costs this row
+            alone, and not the batch that it is in.
+    """
     try:
         return _run(trial.suite, fresh, trial)
     except WrongTests as error:
         return error
+    except (SandboxFailure, NoSandbox):
+        raise
+    except OSError as error:  # no descriptors or processes left, say
+        raise SandboxFailure(f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        return WrongTests(f"{type(error).__name__}: {error}"[:_TEXT])
 
 
 @singledispatch
@@ -62,7 +82,11 @@ def _(suite: Streams, fresh: FreshBox, trial: Trial) -> Result:
         outcome = box.script(trial.source, given.encode(errors="surrogatepass"))
         box.close()
         if outcome.ended != "exit" or outcome.code != 0:
-            return _Verdict(kind=_kind(outcome), text=_last_line(outcome.stderr), right=False)
+            text = outcome.text or _last_line(outcome.stderr)
+            # a box for each case: what a crash says of the others is nothing, but a program that
+            # runs to a limit in every case would hold a slot for hours
+            final = outcome.ended in ("cpu", "wall", "output")
+            return _Verdict(kind=_kind(outcome), text=text, right=False, final=final)
         return _Verdict(right=_lines(outcome.stdout) == _lines(expected.encode()))
 
     return _count([lambda case=case: one(case) for case in suite.cases], fast=trial.fast)
@@ -96,68 +120,73 @@ def _(suite: Asserts, fresh: FreshBox, trial: Trial) -> Result:
         return Result(passed=0, total=total, kind=loaded.kind, text=loaded.text)
     tests = fresh()
     tests.begin_tests(suite.setup, list(suite.tests))
-    passed, seen, calls, kind, text = 0, 0, 0, "", ""
+    passed, seen, called, kind, text = 0, 0, False, "", ""
     while seen < total:
-        message = tests.next_message()
-        if isinstance(message, Outcome):
-            if not calls:
-                raise WrongTests(f"test {seen} ended by itself: {_kind(message)}")
-            return Result(passed=passed, total=total, kind="tests", text=_kind(message))
-        if "call" in message:
-            calls += 1
-            returned = program.call(_call(message))
+        message = _read(tests.next_message())
+        # All tests share a box: after any call, its state may be the program's doing.
+        if not called and isinstance(message, str):
+            raise WrongTests(f"test {seen} {message}")
+        if isinstance(message, str):
+            return Result(passed=passed, total=total, kind="tests", text=message)
+        if isinstance(message, Call):
+            called, returned = True, program.call(message)
             if isinstance(returned, Outcome):
                 return Result(passed=passed, total=total, kind=_kind(returned), text=returned.text)
             if returned.error is not None:
                 kind, text = kind or returned.kind, text or _told(returned)
             tests.answer(returned)
             continue
-        right = message.get("passed") is True
-        if not right and not calls:
-            raise WrongTests(f"test {seen} fails without calling anything: {message.get('error')}")
-        passed, seen, calls = passed + right, seen + 1, 0
-        if not right and trial.fast:
+        if not (called or message.right):
+            raise WrongTests(f"test {seen} fails without calling anything: {message.text}")
+        passed, seen = passed + message.right, seen + 1
+        if trial.fast and not message.right:
             break
     return Result(passed=passed, total=total, kind=kind, text=text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Verdict:
+    """Of one case; ``final``: those after it count as failed."""
+
     right: bool
     kind: str = ""
     text: str = ""
+    final: bool = False
 
 
 def _verdict(returned: Outcome | Returned, expected: object) -> _Verdict:
     """Compare what a call gave with what it should give."""
     if isinstance(returned, Outcome):
-        return _Verdict(right=False, kind=_kind(returned), text=returned.text)
+        return _Verdict(right=False, kind=_kind(returned), text=returned.text, final=True)
     if returned.error is not None:
         return _Verdict(right=False, kind=returned.kind, text=_told(returned))
     return _Verdict(right=same(expected, returned.value))
 
 
 def _count(cases: list[Callable[[], _Verdict]], *, fast: bool) -> Result:
-    """Run cases in order; those after the first failure are left out if nobody asks for them."""
+    """Run cases in order, to the first failure that is final or after which nobody asks."""
     passed, first = 0, _Verdict(right=True)
     for case in cases:
         verdict = case()
         passed += verdict.right
         if not verdict.right and (first.right or not first.kind):
             first = verdict
-        if not verdict.right and fast:
+        if verdict.final or (fast and not verdict.right):
             break
     return Result(passed=passed, total=len(cases), kind=first.kind, text=first.text)
 
 
-def _call(message: dict[str, Any]) -> Call:
-    """A call that test code asked for."""
+def _read(message: Outcome | dict[str, Any]) -> Call | _Verdict | str:
+    """What test code says: a call that it asks for, a test's verdict, or how it ended."""
+    if isinstance(message, Outcome):
+        return f"ended by itself: {_kind(message)}"
+    if "call" not in message:
+        return _Verdict(right=message.get("passed") is True, text=f"{message.get('error')}")
     try:
-        return Call(
-            name=str(message["call"]), args=tuple(check(message["args"])), kwargs=message["kwargs"]
-        )
+        args = tuple(check(message["args"]))
+        return Call(name=str(message["call"]), args=args, kwargs=message["kwargs"])
     except (Unsendable, KeyError, TypeError) as error:
-        raise WrongTests(f"the test code called with {error}") from error
+        return f"called with {error}"
 
 
 def _kind(outcome: Outcome) -> str:

@@ -72,6 +72,10 @@ def _streams(data: Mapping[str, Any]) -> Streams:
         _only(case, {"input", "output"})
         if not all(isinstance(case.get(key), str) for key in ("input", "output")):
             raise ValueError("every stdin case needs the texts input and output")
+        try:
+            case["output"].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"no program can print the output of a stdin case: {error}") from error
         cases.append((case["input"], case["output"]))
     return Streams(cases=tuple(cases))
 

@@ -1,7 +1,7 @@
 """Rewards by a model that was trained to give them: a sequence classifier's logit.
 
 It runs in the trainer, beside the policy, without gradients. Its tokens are its own, so a
-completion's text is tokenised anew, in the model's chat template; special tokens that are spelled
+completion's text is tokenised anew, in the model's chat template; control tokens that are spelled
 out in the text are broken up first. A reward model's logit can be raised without the answers
 getting better: clip it (``clip`` of the part), and watch held-out problems that need no model.
 """
@@ -9,8 +9,9 @@ getting better: clip it (``clip`` of the part), and watch held-out problems that
 from __future__ import annotations
 
 import math
+import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
@@ -168,8 +169,8 @@ def tokenise(classifier: Classifier, problem: Problem, text: str) -> list[int]:
     In its chat template; without one (encoders), prompt and answer as a pair of texts.
     """
     tokenizer = classifier.tokenizer
-    for token in tokenizer.all_special_tokens:
-        text = text.replace(token, f"{token[:1]} {token[1:]}")
+    added = map(str, tokenizer.added_tokens_decoder.values())
+    text = broken_up(text, {*tokenizer.all_special_tokens, *added})
     if tokenizer.chat_template is None:
         prompt = "\n".join(message.content for message in problem.prompt)
         return list(tokenizer(prompt, text)["input_ids"])
@@ -177,6 +178,24 @@ def tokenise(classifier: Classifier, problem: Problem, text: str) -> list[int]:
     messages.append({"role": "assistant", "content": text})
     encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
     return list(cast("Mapping[str, list[int]]", encoded)["input_ids"])
+
+
+def broken_up(text: str, tokens: Collection[str]) -> str:
+    """``text`` with a space after the first character of every token that is spelled out in it.
+
+    Repeated until none is left, since one may stand in another. Runs of white space and lone
+    characters, which some tokenizers add, control nothing and stay.
+
+    >>> broken_up("a<|end|>b <|end<|end|>|>", ["<|end|>", "end|>", "  "])
+    'a< |e nd|>b <|end< |e nd|>|>'
+    """
+    known = {word for token in tokens if len(word := token.strip()) > 1}
+    if not known:
+        return text
+    pattern = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))))
+    while (broken := pattern.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)) != text:
+        text = broken
+    return text
 
 
 def batches(lengths: dict[tuple[int, int], int], budget: int) -> Iterator[list[tuple[int, int]]]:

@@ -129,15 +129,20 @@ class Pacer:
         self._next = -math.inf
         self._lock = threading.Lock()
 
-    def reserve(self, now: float) -> float:
+    def reserve(self, now: float, most: float) -> float | None:
         """Take the next free time; return the seconds until then.
 
+        None, and nothing is taken, where they would be ``most`` or more: whoever does not come
+        leaves the time to others.
+
         >>> pacer = Pacer(60)
-        >>> [pacer.reserve(now) for now in (0.0, 0.0, 0.5, 10.0)]
-        [0.0, 1.0, 1.5, 0.0]
+        >>> [pacer.reserve(now, 1.5) for now in (0.0, 0.0, 0.0, 0.5, 2.0, 10.0)]
+        [0.0, 1.0, None, None, 0.0, 0.0]
         """
         with self._lock:
             begin = max(now, self._next)
+            if begin - now >= most:
+                return None
             self._next = begin + self._gap
         return begin - now
 
@@ -211,7 +216,8 @@ class Client:
         """One body, tried again as the service allows."""
         service, lost = self._service, Lost("deadline", "not tried within service.deadline_s")
         for attempt in range(service.retries + 1):
-            if not batch.wait(self._pacer.reserve(time.monotonic())):
+            turn = self._pacer.reserve(time.monotonic(), batch.left)
+            if turn is None or not batch.wait(turn):
                 break
             seconds = min(service.timeout_s, batch.left)
             try:
@@ -233,8 +239,8 @@ class Client:
 
     def _rest(self, batch: _Batch, body: bytes, attempt: int, asked: float | None) -> bool:
         """Wait before another attempt; False if the deadline would pass meanwhile."""
-        if asked is not None:  # the others wait as well
-            self._pacer.hold(time.monotonic() + asked)
+        if asked is not None:  # the others wait as well, and later calls no longer than one call
+            self._pacer.hold(time.monotonic() + min(asked, self._service.deadline_s))
             return asked < batch.left
         digest = blake2b(body + bytes([attempt % 256]), digest_size=4).digest()
         share = int.from_bytes(digest, "big") / 2**32  # no two requests come back at once

@@ -58,6 +58,8 @@ class Calls:
         clock.start()
         try:
             line.connect()
+            if late.is_set():  # the clock ran out before there was a connection to cut
+                raise TimeoutError(f"no connection within {seconds:g} s")
             connection.request("POST", target, body, {**self._headers, **headers})
             reply = _read(connection.getresponse(), most)
         except Exception as error:

@@ -195,6 +195,7 @@ def config_of(
         "limits": limits,
         "landlock": False,
         "readable": [],
+        "listed": [],
         "writable": [],
         "parent": None,
         "path": None,

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -106,14 +107,15 @@ class Box:
         Raises:
             SandboxFailure: it could not. No candidate code has run.
         """
+        self._deadline = time.monotonic() + _START_SECONDS  # a spare box may have waited for long
         reply = self._reply(_CHUNK)
         if isinstance(reply, dict) and isinstance(number := reply.get("ready"), int):
             self._number = number
             return
+        said = self._complaint()
         self.close()
         if isinstance(reply, dict):
             raise SandboxFailure(f"the box could not lock itself: {reply.get('failed')}")
-        said = bytes(self._said["stderr"][-400:]).decode(errors="replace").strip()
         raise SandboxFailure(f"the box did not start ({reply.ended} {reply.code}): {said}")
 
     def script(self, source: str, stdin: bytes) -> Outcome:
@@ -154,16 +156,27 @@ class Box:
 
     def kill(self) -> None:
         """End the program at once; from any thread. ``close`` is still due."""
+        if self._process.poll() is not None:
+            return  # its number may be another process's by now
         for pid in _children(self._process.pid) or [self._process.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End the process and everything in the box, and close the pipes."""
+        """End the process and everything in the box, close the pipes, and drop what it said."""
         self._reap(0.0)
         for descriptor in list(self._open):
             self._forget(descriptor)
         self._selector.close()
+        self._pending = bytearray()
+        for said in self._said.values():
+            said.clear()
+        if self._ended is not None:  # whoever asked has it
+            self._ended = replace(self._ended, stdout=b"", stderr=b"")
+
+    def _complaint(self) -> str:
+        """The end of what the box wrote as errors."""
+        return bytes(self._said["stderr"][-400:]).decode(errors="replace").strip()
 
     def _begin(self, job: dict[str, Any]) -> str:
         """Send the job; once the box says "sealed", whatever happens is the program's doing."""
@@ -181,8 +194,8 @@ class Box:
         if isinstance(reply, dict) and reply.get("sealed") is True:
             self._began = time.monotonic()
             return ident
+        said = self._complaint()
         self.close()
-        said = bytes(self._said["stderr"][-400:]).decode(errors="replace").strip()
         raise SandboxFailure(f"the box did not seal itself: {said}")
 
     def _returned(self, ident: str) -> Outcome | Returned:
@@ -315,6 +328,8 @@ class Box:
             self._status = self._wait(patience)
             if self._status is None:  # inner processes first: their parent then waits for them
                 for pid in (*_children(self._process.pid), self._process.pid):
+                    if self._status is not None:
+                        break  # the number may be another process's by now
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                     self._status = self._wait(_GRACE)

@@ -29,6 +29,7 @@ from gruppo.sandbox.box import Box
 from gruppo.sandbox.bubblewrap import INSTALL, Bubblewrap
 from gruppo.sandbox.lite import Lite, Unboxed
 from gruppo.sandbox.pool import FreshBox, Pool
+from gruppo.sandbox.python import library
 
 _BACKENDS: Final[dict[str, tuple[Backend, ...]]] = {
     "auto": (Bubblewrap(), Lite()),
@@ -47,6 +48,7 @@ _FIXES: Final = {
 _HINTS: Final = {
     "read a file of the host": "files are not isolated",
     "write a file of the host": "files are not isolated",
+    "read installed packages": "files are not isolated",
     "make a file": "a folder of the host can be written to",
     "change the mode of a file": "seccomp is not in force",
     "open a kernel setting for writing": "it runs as the host's root",
@@ -145,6 +147,7 @@ def _attack(fresh: FreshBox, settings: Sandbox) -> list[str]:
             "canary": str(canary),
             "port": server.getsockname()[1],
             "pids": [os.getpid()],
+            "hidden": library(settings.interpreter).hidden,
             "folders": [folder, "/tmp/", "/dev/shm", "/var/tmp", "/run", "/", str(Path.home())],
             "token": secrets.token_hex(8),
             "memory": settings.memory_mib << 20,

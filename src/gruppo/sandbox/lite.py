@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 from gruppo.sandbox.base import Launch, NoSandbox, Sandbox, config_of
-from gruppo.sandbox.python import library
+from gruppo.sandbox.python import Library, library
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class Lite:
                 'set it to 0, or kind = "bubblewrap"'
             )
         found = library(settings.interpreter)
+        readable, listed = _split(found)
         root = os.geteuid() == 0
         config = config_of(
             settings,
@@ -36,11 +38,18 @@ class Lite:
             # of an ordinary user, the limit would count everything that user runs
             threads=settings.processes if root else None,
             landlock=True,
-            readable=list(found.readable),
+            readable=list(readable),
+            listed=list(listed),
             parent=os.getpid(),
             path=found.prefix if root else None,
         )
         return Launch(argv=command, config=config)
+
+
+@cache
+def _split(found: Library) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Once for each interpreter: some hundred entries."""
+    return found.split()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,8 @@ _SIGKILL: Final = 9
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _ABI_VERSION: Final = 1  # flag of landlock_create_ruleset
 _PATH_BENEATH: Final = 1
-_READ: Final = (1 << 2) | (1 << 3)  # READ_FILE, READ_DIR
+_LIST: Final = 1 << 3  # READ_DIR
+_READ: Final = (1 << 2) | _LIST  # with READ_FILE
 # How many file rights each version of the interface knows: 13, with refer, truncate, ioctl.
 _RIGHTS: Final = {1: 13, 2: 14, 3: 15, 4: 15}
 _NEWEST_RIGHTS: Final = 16
@@ -96,6 +97,8 @@ def _landlock(config: dict[str, Any]) -> int:
     ruleset = _call(_CREATE_RULESET, ctypes.create_string_buffer(fields, 24), size, 0)
     for path in config["readable"]:
         _allow(ruleset, path, _READ & handled)
+    for path in config["listed"]:
+        _allow(ruleset, path, _LIST & handled)
     for path in config["writable"]:
         _allow(ruleset, path, handled & ~_NODES)
     return ruleset
@@ -108,7 +111,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
         return
     try:
         if not os.path.isdir(path):
-            rights &= ~(1 << 3)  # READ_DIR is for folders only
+            rights &= ~_LIST  # for folders only
         rule = struct.pack("=Qi", rights, folder)
         _call(_ADD_RULE, ruleset, _PATH_BENEATH, ctypes.create_string_buffer(rule, 12), 0)
     finally:

@@ -11,6 +11,7 @@ import mmap
 import os
 import resource
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ def _actions(facts: dict[str, Any]) -> dict[str, Callable[[], object]]:
     return {
         "read a file of the host": lambda: open(facts["canary"]).read(),
         "write a file of the host": lambda: open(facts["canary"], "a").close(),
+        "read installed packages": lambda: any(map(_read_one, _packages(facts))),
         "make a file": lambda: _make(facts),
         "change the mode of a file": lambda: os.chmod(facts["canary"], 0o644),
         "open a kernel setting for writing": lambda: open("/proc/sys/kernel/core_pattern", "r+"),
@@ -46,6 +48,24 @@ def _actions(facts: dict[str, Any]) -> dict[str, Callable[[], object]]:
         "take twice the memory": lambda: mmap.mmap(-1, 2 * facts["memory"]),
         "read an environment": lambda: open(f"/proc/{facts['pids'][0]}/environ").read(),
     }
+
+
+def _packages(facts: dict[str, Any]) -> list[str]:
+    """Hidden folders, also by the way on which modules are found here."""
+    ways = [os.path.join(p, os.path.basename(f)) for p in sys.path for f in facts["hidden"]]
+    return [*facts["hidden"], *ways]
+
+
+def _read_one(folder: str) -> bool:
+    """Whether the first file somewhere in the folder can be read."""
+    for path, _, names in os.walk(folder):
+        for name in names[:1]:
+            try:
+                open(os.path.join(path, name), "rb").close()
+            except OSError:
+                return False
+            return True
+    return False
 
 
 def _make(facts: dict[str, Any]) -> bool:

@@ -36,10 +36,27 @@ class Library:
         """Folders and files of the system that it needs."""
         return tuple(path for path in (*_SYSTEM, _CACHE) if os.path.exists(path))
 
-    @property
-    def readable(self) -> tuple[str, ...]:
-        """All of it, symbolic links resolved."""
-        return tuple(dict.fromkeys(os.path.realpath(path) for path in (*self.own, *self.system)))
+    def split(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """All of it without the hidden folders: what may be read, and folders only to be listed.
+
+        For walls that allow a folder with all that is in it, or not at all: the folders around a
+        hidden one are split into their entries. Symbolic links in those give no right of their
+        own: where they lead within this library, their targets have it.
+        """
+        hidden = [os.path.realpath(path) for path in self.hidden]
+        readable: dict[str, None] = {}
+        listed: dict[str, None] = {}
+        left = [os.path.realpath(path) for path in (*self.own, *self.system)]
+        while left:
+            path = left.pop()
+            if path in hidden:
+                continue
+            if not any(other.startswith(f"{path}/") for other in hidden):
+                readable[path] = None
+                continue
+            listed[path] = None
+            left += [entry.path for entry in os.scandir(path) if not entry.is_symlink()]
+        return tuple(readable), tuple(listed)
 
 
 @cache
@@ -60,6 +77,12 @@ def library(python: str) -> Library:
         executable, prefix, folder = json.loads(done.stdout)
     except ValueError:
         raise ValueError(f"sandbox.python = {python!r}: this is no Python interpreter") from None
-    names = ("site-packages", "dist-packages", "test")
-    hidden = tuple(path for name in names if os.path.isdir(path := os.path.join(folder, name)))
-    return Library(python=executable, prefix=prefix, library=folder, hidden=hidden)
+    packages = ("site-packages", "dist-packages")
+    hidden = [os.path.join(folder, name) for name in (*packages, "test")]
+    # other interpreters' packages, beside the shared libraries
+    for name in packages:
+        hidden += [str(path) for top in _SYSTEM for path in Path(top).glob(f"python*/{name}")]
+    # each once, by the name under which a box would show it
+    found = {os.path.realpath(path): path for path in reversed(hidden) if os.path.isdir(path)}
+    hidden = list(reversed(found.values()))
+    return Library(python=executable, prefix=prefix, library=folder, hidden=tuple(hidden))

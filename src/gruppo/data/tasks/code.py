@@ -127,6 +127,7 @@ _ENDS: Final = (
     ),
 )
 _NAMES: Final = ("solve", "transform", "process", "compute", "work_out", "apply_steps")
+_EMPTY: Final = 12  # one graded list in so many is empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,13 +135,15 @@ class CodeTasks:
     """Write a function that does a few things to a list of whole numbers.
 
     ``info["tests"]`` holds the cases for the reward ``code``, as JSON; ``answer`` is a program that
-    passes them. The first case is always the empty list. The split key is the chain of operations
+    passes them. No list that the question shows is among them, so that repeating what it says of
+    that one earns nothing; now and then one is empty. A constant answer is still right for single
+    cases: let the reward want all (``score = "all"``). The split key is the chain of operations
     without numbers, wording or function name, so that no task of a held-out chain is in training.
 
     Args:
         steps: operations on the list, 1 to 3, before the result.
         cases: test cases, 2 to 20.
-        shown: cases that the question shows as examples, fewer than ``cases``.
+        shown: further cases, at most 5, that the question shows as examples.
 
     >>> item = CodeTasks()(seed=0, index=0)
     >>> "def " in item.answer and item.info["tests"].startswith('{"function"')
@@ -156,7 +159,7 @@ class CodeTasks:
     def __post_init__(self) -> None:
         check_whole("steps", self.steps, least=1, most=3)
         check_whole("cases", self.cases, least=2, most=20)
-        check_whole("shown", self.shown, least=0, most=self.cases - 1)
+        check_whole("shown", self.shown, least=0, most=5)
 
     def __call__(self, seed: int, index: int) -> Item:
         """Return task ``index`` of the sequence under ``seed``."""
@@ -172,11 +175,13 @@ class CodeTasks:
                 numbers = step.run(numbers, k)
             return numbers if end is None else end.run(numbers)
 
-        inputs = [[], *(self._numbers(draws) for _ in range(self.cases - 1))]
-        cases = [{"args": [numbers], "expected": run(list(numbers))} for numbers in inputs]
+        inputs = self._inputs(draws)
+        cases = [
+            {"args": [numbers], "expected": run(list(numbers))} for numbers in inputs[self.shown :]
+        ]
         shown = "".join(
             f"\nExample: {name}({numbers}) returns {run(list(numbers))}."
-            for numbers in inputs[1 : 1 + self.shown]
+            for numbers in inputs[: self.shown]
         )
         return Item(
             question=(
@@ -188,9 +193,20 @@ class CodeTasks:
             info={"tests": json.dumps({"function": name, "cases": cases})},
         )
 
-    def _numbers(self, draws: Draws) -> Numbers:
-        """A list with some repetitions and some order, so that each operation shows."""
-        return [draws.between(0, 12) for _ in range(draws.between(5, 9))]
+    def _inputs(self, draws: Draws) -> list[Numbers]:
+        """Lists that all differ: first those that are shown, then those that are graded."""
+        found: list[Numbers] = []
+        while len(found) < self.shown + self.cases:
+            empty = len(found) >= self.shown and draws.below(_EMPTY) == 0
+            numbers = [] if empty else _numbers(draws)
+            if numbers not in found:
+                found.append(numbers)
+        return found
+
+
+def _numbers(draws: Draws) -> Numbers:
+    """A list with some repetitions and some order, so that each operation shows."""
+    return [draws.between(-5, 12) for _ in range(draws.between(2, 10))]
 
 
 def _program(name: str, steps: Sequence[tuple[_Step, int]], end: _End | None) -> str:

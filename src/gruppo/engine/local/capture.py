@@ -94,7 +94,7 @@ class CudaCapture:
                     graph,
                     pool=self._pool,
                     stream=self._stream,
-                    # another thread (a reward's model) may use the device meanwhile
+                    # what other threads do while this is recorded is not refused; but see _warm_up
                     capture_error_mode="thread_local",
                 ),
             ):
@@ -108,7 +108,8 @@ class CudaCapture:
     def _warm_up(self, work: Work) -> None:
         """Let libraries make their handles and plans, then refuse work that waits for the device.
 
-        Refusing it here leaves nothing behind, while a capture that fails may.
+        Refusing it here leaves nothing behind, while a capture that fails may. Torch refuses it to
+        the whole process: while a capture warms up, no other thread may wait for a device.
         """
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
@@ -121,7 +122,7 @@ class CudaCapture:
 
 @contextmanager
 def _refusing_syncs() -> Iterator[None]:
-    """Within, torch raises RuntimeError where an operation would wait for the device."""
+    """Within, torch raises RuntimeError where any thread's operation would wait for a device."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the mode is a prototype, and misses some

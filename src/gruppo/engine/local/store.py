@@ -254,7 +254,7 @@ class Decode:
         layer = self.store.layers[layer_index]
         query = query.to(layer.own_keys.dtype)
         same_width = layer.own_values.shape[3] == query.shape[3]
-        if rule.is_plain and same_width and native.is_supported(query):
+        if rule.is_plain and same_width and native.can_attend(query):
             return self.attend_natively(layer, query[:, :, 0], rule)[:, None]
         return self._plain(layer, query, rule)
 
