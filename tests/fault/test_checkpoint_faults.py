@@ -41,6 +41,7 @@ def check(line: dict) -> None:
     assert all(re.fullmatch(r"\d{8}", name) for name in line["names"]), line
 
 
+@pytest.mark.slow
 def test_kill_at_every_file_system_call_of_the_interpreter(tmp_path: Path) -> None:
     lines = walk("hooks", tmp_path, "save", "replace", "prune")
     for line in lines:

@@ -58,7 +58,14 @@ def hang(run, monkeypatch, place):
     return 2
 
 
-@pytest.mark.parametrize("place", ["sampling", "backward", "step", "evaluation", "save"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "backward",
+        "save",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("sampling", "step", "evaluation")),
+    ],
+)
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tiny_folder, monkeypatch, place):
     how = {
         "objective": WITH_KL,

@@ -112,8 +112,8 @@ def filled(objective):
     return objective
 
 
-# One of each mechanism; the others run with the slow tests.
-QUICK = ("default", "gspo", "gdpo", "kl_cov", "remax", "tis")
+# A token's ratio, a sequence's, and a selection; the others run with the slow tests.
+QUICK = ("default", "gspo", "kl_cov")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ class Flipped:
     "name",
     [
         "default",
-        "gspo",
+        pytest.param("gspo", marks=pytest.mark.slow),
         pytest.param("grpo", marks=pytest.mark.slow),
         pytest.param("cispo", marks=pytest.mark.slow),
     ],

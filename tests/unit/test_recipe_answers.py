@@ -46,7 +46,14 @@ def check(section: RewardSection, *named: tuple[str, list[Problem]]) -> list[str
     return told
 
 
-@pytest.mark.parametrize("name", packaged())
+@pytest.mark.parametrize(
+    "name",
+    [
+        # each of these answers is a program that is run
+        pytest.param(name, marks=pytest.mark.slow if name == "code_tasks" else ())
+        for name in packaged()
+    ],
+)
 def test_packaged_recipes_give_their_own_answers_the_full_reward(name: str) -> None:
     recipe = load(name)
     assert recipe.reward.own_answer() is not None
