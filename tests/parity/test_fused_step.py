@@ -22,8 +22,8 @@ from gruppo.engine.local.store import Decode, Store
 from gruppo.model import Lora, attach
 from gruppo.model.attention import adopt
 from gruppo.native import compiled as building
-from gruppo.types import Completion, Request, Sampling
-from support.engines import TINY, letters, sharpen
+from gruppo.types import Completion, Sampling
+from support.engines import TINY, letters, sharpen, unequal_groups
 
 LIKE_LLAMA: dict[str, dict[str, object]] = {
     "llama": {},
@@ -58,21 +58,9 @@ def build(name: str, **extra: object) -> nn.Module:
     return model
 
 
-def requests() -> list[Request]:
-    generator = torch.Generator().manual_seed(3)
-    return [
-        Request(
-            tokens=tuple(torch.randint(3, 97, (length,), generator=generator).tolist()),
-            num_samples=count,
-            key=(0, index),
-        )
-        for index, (length, count) in enumerate(((9, 3), (4, 4), (13, 1), (2, 2)))
-    ]
-
-
 def draw(model: nn.Module, **options: object) -> list[Completion]:
     engine = LocalEngine(model, letters, pad_token=0, **options)
-    return [one for group in engine.generate(requests(), SAMPLING) for one in group]
+    return [one for group in engine.generate(unequal_groups(), SAMPLING) for one in group]
 
 
 def assert_same(left: list[Completion], right: list[Completion], bound: float = 2e-5) -> None:
@@ -85,7 +73,7 @@ def gaps(model: nn.Module, dtype: torch.dtype, rows: int, *, packed: bool) -> li
     """Relative difference of logits at every step of a call in which rows end and enter."""
     decoder = find_decoder(model)
     assert decoder
-    asked, found = requests(), []
+    asked, found = unequal_groups(), []
     with generating(model, dtype) as kept:
         store = Store(2, slots=rows, dtype=kept or next(model.parameters()).dtype)
         schedule = Schedule(rows_of(asked, [12] * 4), asked, max_rows=rows)
@@ -230,10 +218,10 @@ def test_a_hook_that_comes_later_is_seen() -> None:
     model = build("llama")
     adopt(model)
     engine = LocalEngine(model, letters, pad_token=0)
-    before = engine.generate(requests(), SAMPLING)
+    before = engine.generate(unequal_groups(), SAMPLING)
     hook(model)
     assert find_decoder(model) is None
-    after = [one for group in engine.generate(requests(), SAMPLING) for one in group]
+    after = [one for group in engine.generate(unequal_groups(), SAMPLING) for one in group]
     assert after != [one for group in before for one in group]
     assert_same(after, draw(model, kind="plain"))
 

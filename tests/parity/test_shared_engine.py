@@ -11,7 +11,7 @@ from gruppo.engine.local import LocalEngine, shared
 from gruppo.engine.local.packed import packed_linears
 from gruppo.model.attention import adopt
 from gruppo.types import Completion, Request, Sampling
-from support.engines import TINY, letters, sharpen
+from support.engines import TINY, letters, sharpen, unequal_groups
 
 SHARING: dict[str, dict[str, object]] = {
     "llama": {},
@@ -36,18 +36,6 @@ def build(name: str, extra: dict[str, object]) -> nn.Module:
     return sharpen(AutoModelForCausalLM.from_config(config))
 
 
-def requests() -> list[Request]:
-    generator = torch.Generator().manual_seed(3)
-    return [
-        Request(
-            tokens=tuple(torch.randint(3, 97, (length,), generator=generator).tolist()),
-            num_samples=count,
-            key=(0, index),
-        )
-        for index, (length, count) in enumerate(((9, 3), (4, 4), (13, 1), (2, 2)))
-    ]
-
-
 SAMPLING = Sampling(max_tokens=12, temperature=0.9, stop_tokens=(5, 17, 40, 60))
 
 
@@ -67,22 +55,24 @@ def test_equals_plain_waves(name: str, compiled: bool, monkeypatch: pytest.Monke
     elif native.kernels() is None:
         pytest.skip("no C++ compiler here")
     model = build(name, SHARING[name])
-    expected = LocalEngine(model, letters, pad_token=0, kind="plain").generate(requests(), SAMPLING)
+    expected = LocalEngine(model, letters, pad_token=0, kind="plain").generate(
+        unequal_groups(), SAMPLING
+    )
     assert adopt(model)
     for rows, tokens in ((128, None), (4, None), (1, None), (6, 60)):
         engine = LocalEngine(model, letters, pad_token=0, max_rows=rows, max_cached_tokens=tokens)
         assert engine.is_shared
-        assert_same(engine.generate(requests(), SAMPLING), expected)
+        assert_same(engine.generate(unequal_groups(), SAMPLING), expected)
 
 
 def test_prompts_computed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", {})
     adopt(model)
     engine = LocalEngine(model, letters, pad_token=0)
-    whole = engine.generate(requests(), SAMPLING)
+    whole = engine.generate(unequal_groups(), SAMPLING)
     for width in (1, 3, 5, 12):
         monkeypatch.setattr(shared, "PREFILL_TOKENS", width)
-        assert_same(engine.generate(requests(), SAMPLING), whole)
+        assert_same(engine.generate(unequal_groups(), SAMPLING), whole)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +83,13 @@ def test_other_models_take_the_plain_path(name: str, extra: dict[str, object]) -
     model = build(
         name, extra | ({"layer_types": ["conv", "full_attention"]} if extra == {} else {})
     )
-    expected = LocalEngine(model, letters, pad_token=0, kind="plain").generate(requests(), SAMPLING)
+    expected = LocalEngine(model, letters, pad_token=0, kind="plain").generate(
+        unequal_groups(), SAMPLING
+    )
     adopt(model)
     engine = LocalEngine(model, letters, pad_token=0)
     assert engine.is_shared == (name == "gpt2")
-    assert_same(engine.generate(requests(), SAMPLING), expected)
+    assert_same(engine.generate(unequal_groups(), SAMPLING), expected)
 
 
 def test_memory_holds_a_prompt_once() -> None:

@@ -95,3 +95,16 @@ def assert_same(left: Completion, right: Completion) -> None:
     assert left.logp == pytest.approx(right.logp, abs=1e-5)
     same = dict.fromkeys(("logp",), ())
     assert dataclasses.replace(left, **same) == dataclasses.replace(right, **same)
+
+
+def unequal_groups() -> list[Request]:
+    """Four groups of unequal size and prompt length, for models of ``TINY``'s vocabulary."""
+    generator = torch.Generator().manual_seed(3)
+    return [
+        Request(
+            tokens=tuple(torch.randint(3, 97, (length,), generator=generator).tolist()),
+            num_samples=count,
+            key=(0, index),
+        )
+        for index, (length, count) in enumerate(((9, 3), (4, 4), (13, 1), (2, 2)))
+    ]

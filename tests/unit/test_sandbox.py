@@ -171,20 +171,20 @@ def test_the_standard_library_is_there_and_nothing_else() -> None:
 def test_installed_packages_cannot_be_read() -> None:
     found = library(SETTINGS.interpreter)
     hidden = [Path(path) for path in found.hidden]
-    inside = [path for path in hidden if path.is_relative_to(found.library)]
-    files = [next(path.rglob("*.py")).relative_to(found.library) for path in inside]
+    inside = [path for path in hidden if path.is_relative_to(found.modules)]
+    files = [next(path.rglob("*.py")).relative_to(found.modules) for path in inside]
     assert files  # the interpreter's own tests, at least
     # the folder by which modules are found: another user may not walk to the usual one
     source = (
-        f"import sys\ntop = next(p for p in sys.path if p.endswith({Path(found.library).name!r}))"
+        f"import sys\ntop = next(p for p in sys.path if p.endswith({Path(found.modules).name!r}))"
     )
     for name in map(str, files):
         outcome = run_script(f"{source}\nopen(f'{{top}}/{name}')", "")
         assert b"PermissionError" in outcome.stderr
     readable, listed = found.split()
     assert not [path for path in readable for other in hidden if other.is_relative_to(path)]
-    assert found.library in listed
-    assert f"{found.library}/json" in readable
+    assert found.modules in listed
+    assert f"{found.modules}/json" in readable
 
 
 @linux

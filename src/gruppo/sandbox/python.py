@@ -17,11 +17,11 @@ _CACHE: Final = "/etc/ld.so.cache"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """An interpreter's file, prefix, libraries, and folders of installed packages (hidden)."""
+    """An interpreter's file, prefix, folder of modules, and installed packages (hidden)."""
 
     python: str
     prefix: str
-    library: str
+    modules: str
     hidden: tuple[str, ...]
 
     @property
@@ -29,7 +29,7 @@ class Library:
         """What is the interpreter's own: its file, standard library, and linked library."""
         linked = [str(path) for path in Path(self.prefix, "lib").glob("libpython*.so*")]
         zipped = [str(path) for path in Path(self.prefix, "lib").glob("python*.zip")]
-        return (self.python, self.library, *linked, *zipped)
+        return (self.python, self.modules, *linked, *zipped)
 
     @property
     def system(self) -> tuple[str, ...]:
@@ -85,4 +85,4 @@ def library(python: str) -> Library:
     # each once, by the name under which a box would show it
     found = {os.path.realpath(path): path for path in reversed(hidden) if os.path.isdir(path)}
     hidden = list(reversed(found.values()))
-    return Library(python=executable, prefix=prefix, library=folder, hidden=tuple(hidden))
+    return Library(python=executable, prefix=prefix, modules=folder, hidden=tuple(hidden))
