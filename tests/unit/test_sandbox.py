@@ -267,7 +267,7 @@ def test_only_processes_of_ours_are_killed_and_what_was_said_is_dropped(
     cut.kill()
     assert killed == [cut.pid]
     assert len(outcome.stdout) == 1001
-    assert (ended._said["stdout"], ended._ended.stdout) == (b"", b"")
+    assert (ended._pipes.said["stdout"], ended._ended.stdout) == (b"", b"")
 
 
 @linux

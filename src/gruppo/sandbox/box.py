@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import secrets
-import selectors
 import signal
 import subprocess
 import time
@@ -24,11 +23,12 @@ from typing import Any, Final
 from gruppo.sandbox import filter as seccomp
 from gruppo.sandbox.base import Backend, Call, Outcome, Returned, Sandbox, SandboxFailure
 from gruppo.sandbox.bundle import BOOT, payload
+from gruppo.sandbox.pipes import Pipes
 from gruppo.sandbox.wire import Unsendable, check
 
 _START_SECONDS: Final = 60.0
 _GRACE: Final = 1.0  # for a process whose pipes are closed to be gone
-_CHUNK: Final = 1 << 16
+_HANDSHAKE: Final = 1 << 16  # bytes
 _NAME: Final = 80
 _BUILTIN_ERRORS: Final = frozenset(
     name
@@ -49,20 +49,14 @@ class Box:
         self._settings = settings
         self._sealed = backend.sealed
         self._ended: Outcome | None = None
-        self._said: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
-        self._pending = bytearray()
         self._began = time.monotonic()
         self._deadline = self._began + _START_SECONDS
         self._status: int | None = None
-        self._selector = selectors.DefaultSelector()
-        self._sending: dict[int, memoryview] = {}
-        self._open: dict[int, str] = {}
+        self._pipes = Pipes()
         self._start(backend, uid)
 
     def _start(self, backend: Backend, uid: int) -> None:
-        pipes = {name: os.pipe() for name in ("commands", "replies", "stdin", "stdout", "stderr")}
-        inner = {n: p[0] if n in ("commands", "stdin") else p[1] for n, p in pipes.items()}
-        outer = {n: p[1] if n in ("commands", "stdin") else p[0] for n, p in pipes.items()}
+        inner = self._pipes.inner
         descriptors: tuple[int, ...] = ()
         try:
             numbers = (str(inner["commands"]), str(inner["replies"]))
@@ -81,20 +75,15 @@ class Box:
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
-            for descriptor in outer.values():
-                os.close(descriptor)
+            self._pipes.close()
             if isinstance(error, ValueError):  # what was asked for cannot be had
                 raise
             raise SandboxFailure(f"{backend.kind}: {error}") from error
         finally:
-            for descriptor in (*inner.values(), *descriptors):
+            self._pipes.hand_over()
+            for descriptor in descriptors:
                 os.close(descriptor)
-        for name, descriptor in outer.items():
-            os.set_blocking(descriptor, False)
-            self._open[descriptor] = name
-            if name not in ("commands", "stdin"):
-                self._selector.register(descriptor, selectors.EVENT_READ)
-        self._write("commands", payload(python) + _line(dict(plan.config)))
+        self._pipes.write("commands", payload(python) + _line(dict(plan.config)))
 
     @property
     def pid(self) -> int:
@@ -108,7 +97,7 @@ class Box:
             SandboxFailure: it could not. No candidate code has run.
         """
         self._deadline = time.monotonic() + _START_SECONDS  # a spare box may have waited for long
-        reply = self._reply(_CHUNK)
+        reply = self._reply(_HANDSHAKE)
         if isinstance(reply, dict) and isinstance(number := reply.get("ready"), int):
             self._number = number
             return
@@ -121,26 +110,26 @@ class Box:
     def script(self, source: str, stdin: bytes) -> Outcome:
         """Run a program as a script, to its end."""
         self._begin({"mode": "script", "source": source})
-        self._write("stdin", stdin)
+        self._pipes.write("stdin", stdin)
         return self._until(lambda: False)
 
     def load(self, source: str) -> Outcome | Returned:
         """Load a program whose functions will be called."""
         ident = self._begin({"mode": "serve", "source": source})
-        self._shut("stdin")
+        self._pipes.shut("stdin")
         return self._returned(ident)
 
     def call(self, call: Call) -> Outcome | Returned:
         """Call a function of the loaded program."""
         ident = secrets.token_hex(16)
         order = {"id": ident, "name": call.name, "args": call.args, "kwargs": dict(call.kwargs)}
-        self._write("commands", _line(order))
+        self._pipes.write("commands", _line(order))
         return self._returned(ident)
 
     def begin_tests(self, setup: str, tests: list[str]) -> None:
         """Start trusted test code; ``next_message`` gives what it asks and says."""
         self._begin({"mode": "tests", "setup": setup, "tests": tests})
-        self._shut("stdin")
+        self._pipes.shut("stdin")
 
     def next_message(self) -> Outcome | dict[str, Any]:
         """The next line of trusted test code."""
@@ -149,10 +138,10 @@ class Box:
     def answer(self, returned: Returned) -> None:
         """Answer a call that test code made."""
         if returned.error is None:
-            self._write("commands", _line({"value": returned.value}))
+            self._pipes.write("commands", _line({"value": returned.value}))
             return
         error = {"type": returned.error, "kind": returned.kind, "text": returned.text}
-        self._write("commands", _line({"error": error}))
+        self._pipes.write("commands", _line({"error": error}))
 
     def kill(self) -> None:
         """End the program at once; from any thread. ``close`` is still due."""
@@ -165,18 +154,13 @@ class Box:
     def close(self) -> None:
         """End the process and everything in the box, close the pipes, and drop what it said."""
         self._reap(0.0)
-        for descriptor in list(self._open):
-            self._forget(descriptor)
-        self._selector.close()
-        self._pending = bytearray()
-        for said in self._said.values():
-            said.clear()
+        self._pipes.close()
         if self._ended is not None:  # whoever asked has it
             self._ended = replace(self._ended, stdout=b"", stderr=b"")
 
     def _complaint(self) -> str:
         """The end of what the box wrote as errors."""
-        return bytes(self._said["stderr"][-400:]).decode(errors="replace").strip()
+        return bytes(self._pipes.said["stderr"][-400:]).decode(errors="replace").strip()
 
     def _begin(self, job: dict[str, Any]) -> str:
         """Send the job; once the box says "sealed", whatever happens is the program's doing."""
@@ -189,8 +173,8 @@ class Box:
             )
         order = {**job, "id": ident, "filter": program.hex(), "cpu_s": settings.cpu_s}
         self._deadline = time.monotonic() + settings.wall
-        self._write("commands", _line(order))
-        reply = self._reply(_CHUNK)
+        self._pipes.write("commands", _line(order))
+        reply = self._reply(_HANDSHAKE)
         if isinstance(reply, dict) and reply.get("sealed") is True:
             self._began = time.monotonic()
             return ident
@@ -220,11 +204,12 @@ class Box:
 
     def _reply(self, limit: int) -> Outcome | dict[str, Any]:
         """The next line of replies, as JSON."""
-        ended = self._until(lambda: b"\n" in self._pending, limit)
-        if b"\n" not in self._pending:
+        pending = self._pipes.said["replies"]
+        ended = self._until(lambda: b"\n" in pending, limit)
+        if b"\n" not in pending:
             return ended
-        line, _, rest = bytes(self._pending).partition(b"\n")
-        self._pending = bytearray(rest)
+        line, _, _ = bytes(pending).partition(b"\n")
+        del pending[: len(line) + 1]
         try:
             reply = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -240,71 +225,12 @@ class Box:
             remaining = self._deadline - time.monotonic()
             if remaining <= 0:
                 return self._end("wall")
-            if not self._reading():
+            if not self._pipes.is_talking():
                 return self._end(None)
-            for key, _ in self._selector.select(remaining):
-                self._move(key.fd)
-            if any(len(said) > limit for said in (*self._said.values(), self._pending)):
+            self._pipes.wait(remaining)
+            if any(len(said) > limit for said in self._pipes.said.values()):
                 return self._end("output")
         return Outcome(ended="exit")
-
-    def _reading(self) -> bool:
-        """Whether something may still come; not so once replies (of a script: all) are closed."""
-        names = set(self._open.values())
-        return bool(names & {"stdout", "stderr", "replies"})
-
-    def _move(self, descriptor: int) -> None:
-        name = self._open.get(descriptor)
-        if name in ("commands", "stdin"):
-            self._flush(descriptor)
-            return
-        try:
-            chunk = os.read(descriptor, _CHUNK)
-        except BlockingIOError:
-            return
-        target = self._pending if name == "replies" else self._said[str(name)]
-        target += chunk
-        if not chunk:
-            self._forget(descriptor)
-
-    def _write(self, name: str, data: bytes) -> None:
-        """Queue data for the box, and send what goes at once."""
-        descriptor = next((d for d, known in self._open.items() if known == name), None)
-        if descriptor is None:
-            return  # it has closed its end, and will be judged by what it says
-        rest = bytes(self._sending.pop(descriptor, b"")) + data
-        if descriptor in self._selector.get_map():
-            self._selector.unregister(descriptor)
-        self._sending[descriptor] = memoryview(rest)
-        self._selector.register(descriptor, selectors.EVENT_WRITE)
-        self._flush(descriptor)
-
-    def _flush(self, descriptor: int) -> None:
-        view = self._sending[descriptor]
-        try:
-            view = view[os.write(descriptor, view) :] if view else view
-        except BlockingIOError:
-            return
-        except BrokenPipeError:
-            self._forget(descriptor)
-            return
-        self._sending[descriptor] = view
-        if not view:
-            self._selector.unregister(descriptor)
-            del self._sending[descriptor]
-            if self._open[descriptor] == "stdin":
-                self._forget(descriptor)  # the end of the input
-
-    def _shut(self, name: str) -> None:
-        for descriptor in [d for d, known in self._open.items() if known == name]:
-            self._forget(descriptor)
-
-    def _forget(self, descriptor: int) -> None:
-        if descriptor in self._selector.get_map():
-            self._selector.unregister(descriptor)
-        self._sending.pop(descriptor, None)
-        del self._open[descriptor]
-        os.close(descriptor)
 
     def _end(self, ended: str | None, text: str = "") -> Outcome:
         """Kill the box and say how it ended; ``ended`` None leaves that to its exit status."""
@@ -316,8 +242,8 @@ class Box:
         self._ended = Outcome(
             ended=ended,  # type: ignore[arg-type]
             code=code,
-            stdout=bytes(self._said["stdout"]),
-            stderr=bytes(self._said["stderr"]),
+            stdout=bytes(self._pipes.said["stdout"]),
+            stderr=bytes(self._pipes.said["stderr"]),
             text=text,
         )
         return self._ended
