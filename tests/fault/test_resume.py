@@ -26,6 +26,9 @@ SETTINGS = {
     "data.held_out": "3",
     "data.train.0.size": "60",
     "optim.lr": "1e-3",
+    # not what a machine finds faster: the unbroken run and the cut one must compute alike
+    "model.compute": "float32",
+    "model.products": "torch",
     "eval.every": "2",
     "record.save_every": "1",
     "record.keep_last": "99",
@@ -241,17 +244,7 @@ KILLS = {"plain": 10, "several_updates": 4, "buffered": 4, "adapter": 4, "episod
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(
-            name,
-            # Cut at a step it is equal; killed at some moments it differed. Not explained yet.
-            marks=pytest.mark.xfail(name == "episodes", reason="known defect", strict=False),
-        )
-        for name in VARIANTS
-    ],
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_killed_at_random_moments_and_resumed(unbroken, tiny_folder, tmp_path, variant):
     moments = random.Random(f"kill {variant}")
     for number in range(KILLS[variant]):

@@ -244,10 +244,10 @@ def test_two_preparations_at_once_end_in_one_folder(
     ("half", "expected"), [(1.0, torch.float32), (0.8, torch.float32), (0.5, torch.bfloat16)]
 )
 def test_compute_dtype_needs_a_real_gain(
-    half: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    half: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    seconds = {torch.float32: 1.0, torch.bfloat16: half}
-    monkeypatch.setattr(precision, "_seconds", lambda device, dtype: seconds[dtype])
+    monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(precision, "fastest", lambda works, repeats: [1.0, half])
     precision._measured.cache_clear()
     assert compute_dtype("cpu") == expected
     precision._measured.cache_clear()

@@ -18,7 +18,7 @@ from gruppo.policy import checkpoint
 from gruppo.recipe import load
 from gruppo.recipe.build import pin
 from gruppo.recipe.keeper import bytes_needed, read_evaluation
-from gruppo.recipe.session import read_recipe, resume, start
+from gruppo.recipe.session import computing, read_recipe, resume, start
 from gruppo.record import Database, RunDirectory, Tracker, Wandb
 from gruppo.train import train
 from support.commands import arguments, cut_after
@@ -95,10 +95,28 @@ def test_what_auto_came_to_is_recorded(finished):
     with RunDirectory.open(finished, lock=False) as directory:
         kept = read_recipe(directory)
     assert (kept.model.device, kept.model.compute) == ("cpu", "bfloat16")
-    info = json.loads((finished / "run.json").read_text())
-    assert info["meta"] == {
-        "asked": {"model.device": "auto", "model.compute": "auto", "model.products": "auto"}
-    }
+    meta = json.loads((finished / "run.json").read_text())["meta"]
+    asked = {"model.device": "auto", "model.compute": "auto", "model.products": "auto"}
+    assert meta == {"asked": asked, "computing": computing()}
+
+
+def test_what_changed_between_two_processes_is_told(finished, tmp_path):
+    cut = cut_after(finished, 2, tmp_path / "run")
+    said: list[str] = []
+    with resume(cut, said.append):
+        pass
+    assert not [text for text in said if "by rounding" in text]
+    info = json.loads((cut / "run.json").read_text())
+    info["meta"]["computing"] |= {"threads": 99, "kernels": "of another day"}
+    (cut / "run.json").write_text(json.dumps(info))
+    with resume(cut, said.append):
+        pass
+    told = [text for text in said if "by rounding" in text]
+    assert [text.split(" where ")[1].split(": ")[0] for text in told] == [
+        "the run had 99",
+        "the run had 'of another day'",
+    ]
+    assert told[0].startswith("resumed with threads 1 ")
 
 
 def test_a_recipe_that_leaves_nothing_open_is_recorded_as_it_is(tiny_folder, tmp_path):
@@ -106,7 +124,9 @@ def test_a_recipe_that_leaves_nothing_open_is_recorded_as_it_is(tiny_folder, tmp
     given = recipe(tiny_folder, **pinned)
     with start(given, tmp_path / "run", silent) as session:
         assert read_recipe(session.directory) == given
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["meta"] == {}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["meta"] == {
+        "computing": computing()
+    }
 
 
 def test_later_processes_compute_as_the_first_did(finished, tmp_path, monkeypatch, capsys):

@@ -2,16 +2,18 @@
 
 bfloat16 products are several times faster than float32 on processors that have instructions for
 them and several times slower on those that have not, and no flag says which reliably. This module
-measures once per process. It casts nothing but the frozen matrices of :func:`cast_frozen`.
+measures. It casts nothing but the frozen matrices of :func:`cast_frozen`.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor, nn
+
+from gruppo.measured import fastest, remembered
 
 # A transformer's projections at a few hundred tokens; 0.3 GFLOP, so all timings take some 50 ms.
 _ROWS, _INNER, _COLUMNS = 128, 1024, 1024
@@ -23,9 +25,9 @@ _WORTHWHILE = 1.3
 def compute_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """The faster of bfloat16 and float32 for matrix products on ``device``.
 
-    Timed once per process and device (about 50 ms; 0.2 s where bfloat16 is emulated). The best of
-    several runs counts, so that a busy machine does not decide. float32 unless bfloat16 gains at
-    least 30 %.
+    Timed once per machine and device (about 50 ms; 0.2 s where bfloat16 is emulated) and kept, so
+    that two runs of one recipe compute alike. The best of several runs counts, so that a busy
+    machine does not decide. float32 unless bfloat16 gains at least 30 %.
 
     >>> compute_dtype("cpu") in (torch.bfloat16, torch.float32)
     True
@@ -35,23 +37,30 @@ def compute_dtype(device: torch.device | str = "cpu") -> torch.dtype:
 
 @cache
 def _measured(device: str) -> torch.dtype:
-    single, half = (_seconds(device, dtype) for dtype in (torch.float32, torch.bfloat16))
-    return torch.bfloat16 if half * _WORTHWHILE < single else torch.float32
+    def compare() -> str:
+        single, half = fastest(
+            [_product(device, dtype) for dtype in (torch.float32, torch.bfloat16)],
+            repeats=_REPEATS,
+        )
+        return "bfloat16" if half * _WORTHWHILE < single else "float32"
+
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    threads = str(torch.get_num_threads())
+    found = remembered(
+        "compute",
+        ("float32", "bfloat16"),
+        compare,
+        depends_on=(name, torch.__version__, threads),
+    )
+    return torch.bfloat16 if found == "bfloat16" else torch.float32
 
 
-def _seconds(device: str, dtype: torch.dtype) -> float:
-    """Seconds of the fastest of a few linear layers in ``dtype``."""
+def _product(device: str, dtype: torch.dtype) -> Callable[[], float]:
+    """A linear layer in ``dtype``."""
     left = torch.ones(_ROWS, _INNER, device=device, dtype=dtype)
     right = torch.ones(_COLUMNS, _INNER, device=device, dtype=dtype)
-
-    def once() -> float:
-        start = time.perf_counter()
-        # Reading a value back waits for the device, whatever its kind.
-        nn.functional.linear(left, right)[0, 0].item()
-        return time.perf_counter() - start
-
-    once()  # kernels are chosen and compiled on first use
-    return min(once() for _ in range(_REPEATS))
+    # Reading a value back waits for the device, whatever its kind.
+    return lambda: nn.functional.linear(left, right)[0, 0].item()
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:

@@ -7,7 +7,6 @@ it is measured. Results differ by rounding, hence a run records its choice and k
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -19,11 +18,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from gruppo.measured import fastest, remembered
+
 Products = Literal["torch", "onednn"]
 
 # A transformer's projections in a micro-batch; 1.8 GFLOP a product.
 _ROWS, _INNER, _COLUMNS = 1024, 576, 1536
-_REPEATS = 3
+_REPEATS = 5
 _WORTHWHILE = 1.15
 _CURRENT: ContextVar[Products] = ContextVar("products", default="torch")
 _PRODUCTS = {torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul, torch.mm}
@@ -33,8 +34,8 @@ def faster_products(device: torch.device | str, compute: torch.dtype) -> Product
     """The faster library for products in ``compute`` on ``device``: "torch" unless measured else.
 
     oneDNN must gain 15 % over the products of a forward and a backward pass, the best of several
-    runs counting. Timed once per process (about 0.1 s), and only where there is a choice: float32
-    on a CPU.
+    runs counting. Timed once per machine (about 0.2 s) and kept, and only where there is a choice:
+    float32 on a CPU.
 
     >>> faster_products("cpu", torch.bfloat16)
     'torch'
@@ -142,20 +143,21 @@ def _is_there() -> bool:
 
 @cache
 def _measured() -> Products:
+    found = remembered(
+        "products",
+        ("torch", "onednn"),
+        _compared,
+        depends_on=(torch.__version__, str(torch.get_num_threads())),
+    )
+    return "onednn" if found == "onednn" else "torch"
+
+
+def _compared() -> Products:
     ones = torch.ones
     rows, weight, grad = ones(_ROWS, _INNER), ones(_COLUMNS, _INNER), ones(_ROWS, _COLUMNS)
     work = ((rows, weight), (grad, weight.t()), (grad.t(), rows.t()))
-    plain = sum(_seconds(lambda a=a, b=b: a @ b.t()) for a, b in work)
-    other = sum(_seconds(lambda a=a, b=b: _multiply(a, b)) for a, b in work)
+    plain, other = fastest(
+        [lambda: [a @ b.t() for a, b in work], lambda: [_multiply(a, b) for a, b in work]],
+        repeats=_REPEATS,
+    )
     return "onednn" if other * _WORTHWHILE < plain else "torch"
-
-
-def _seconds(once: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few calls, the first left out."""
-    once()
-    found = []
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        once()
-        found.append(time.perf_counter() - started)
-    return min(found)

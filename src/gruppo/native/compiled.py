@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import stat
 import subprocess
@@ -21,6 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from gruppo.cache import cache_folder
+from gruppo.measured import processor
 
 Kernel = Callable[..., int]
 _COMPILERS = ("c++", "g++", "clang++")
@@ -72,7 +72,7 @@ def _compiled() -> Path:
         raise OSError(f"no C++ compiler found (looked for {', '.join(_COMPILERS)})")
     sources = _sources()
     runtime = _openmp()
-    parts = (*sources, *sources.values(), compiler, *_FLAGS, *_MATH, str(runtime), _processor())
+    parts = (*sources, *sources.values(), compiler, *_FLAGS, *_MATH, str(runtime), processor())
     identity = "\0".join(parts)
     target = cache_folder() / "native" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not target.exists():
@@ -127,11 +127,3 @@ def _openmp() -> Path | None:
         if path.name.startswith(("libgomp", "libomp", "libiomp")):
             return path
     return None
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on: a cache may be shared by machines of several kinds."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    known = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return "\n".join(known[:2]) or platform.processor() or platform.machine()

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from gruppo import native
 from gruppo.budget import Budget
 from gruppo.environment import Python
 from gruppo.interrupt import ending_with
+from gruppo.measured import processor
 from gruppo.policy import checkpoint
 from gruppo.recipe.build import Parts, Report, resolve
 from gruppo.recipe.dump import dump
@@ -85,7 +87,9 @@ def start(
         parts = _resolve(stack, recipe, report)
         _check_space(parts, path)
         asked = {key: value for key, value in _chosen(recipe) if value == "auto"}
-        meta: dict[str, object] = {"asked": asked} if asked else {}
+        meta: dict[str, object] = {"computing": computing()}
+        if asked:
+            meta["asked"] = asked
         if boxes := _sandboxes(parts):
             meta["sandbox"] = boxes
         existed = path.exists()
@@ -139,12 +143,37 @@ def resume(
             client_of(tracker.kind)
         parts = _resolve(stack, recipe, report)
         _check_space(parts, path)
+        _tell_changes(directory, report)
         database = stack.enter_context(_database(directory, recipe))
         state = _go_back(parts, directory, database, report)
         trackers = _trackers(stack, directory, recipe, redone_from=_redone_from(state))
         run = _run(parts, directory, database, state=state, budget=budget)
         run = _told(run, callbacks, listeners, trackers)
         yield Session(directory=directory, database=database, parts=parts, run=run, state=state)
+
+
+def computing() -> dict[str, object]:
+    """What else decides a run's last bits, beside the recipe and the versions of packages."""
+    kernels = "compiled" if native.kernels() is not None else "none"
+    return {
+        "threads": torch.get_num_threads(),
+        "kernels": kernels,
+        "processor": processor().partition("\n")[0],
+    }
+
+
+def _tell_changes(directory: RunDirectory, report: Report) -> None:
+    """Say what would make a resumed run differ from an unbroken one by rounding."""
+    meta = directory.info["meta"]
+    before = meta.get("computing") if isinstance(meta, Mapping) else None
+    if not isinstance(before, Mapping):  # a run of an earlier version
+        return
+    for name, now in computing().items():
+        if name in before and before[name] != now:
+            report(
+                f"resumed with {name} {now!r} where the run had {before[name]!r}: from here on it "
+                "may differ by rounding from a run that was never interrupted"
+            )
 
 
 def _budget(began: float | None) -> Budget:
