@@ -19,7 +19,7 @@ from gruppo.diagnose import composition_metrics, data_metrics, language_metrics,
 from gruppo.errors import NumericError, OutOfMemory, ServiceError
 from gruppo.evaluate import Evaluation, Evaluator
 from gruppo.interrupt import Interrupted, Interrupts
-from gruppo.memory import Fitting, release_heap
+from gruppo.memory import Fitting, keep_heap, release_heap
 from gruppo.objective import Coefficients, Objective
 from gruppo.policy import Policy
 from gruppo.rollout import Collected, Rollouts, tensorise
@@ -140,6 +140,7 @@ def train(run: Run, state: TrainState | None = None) -> Outcome:
         ServiceError: the reward or the engine failed for good.
         Interrupted: a signal came; the last finished step has been saved.
     """
+    keep_heap()
     state = state or first_state(run)
     started, ended_by, version = state.step, None, run.policy.version
     with run.interrupts.installed():

@@ -10,7 +10,6 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from gruppo import native
 from gruppo.engine.local import LocalEngine
-from gruppo.engine.local.decoder import find_decoder
 from gruppo.engine.local.forward import forward
 from gruppo.engine.local.fused import FusedStep
 from gruppo.engine.local.module import generating
@@ -21,6 +20,7 @@ from gruppo.engine.local.shared import Drawing
 from gruppo.engine.local.store import Decode, Store
 from gruppo.model import Lora, attach
 from gruppo.model.attention import adopt
+from gruppo.model.decoder import find_decoder
 from gruppo.native import compiled as building
 from gruppo.types import Completion, Sampling
 from support.engines import TINY, letters, sharpen, unequal_groups

@@ -177,7 +177,7 @@ def test_softmax_takes_all_integers_and_refuses_other_floats() -> None:
     ]
     assert torch.equal(*made)
     wide = torch.ones(7, dtype=torch.float64)
-    with pytest.raises(AssertionError, match="all is float32"):
+    with pytest.raises(AssertionError, match="all but logits is float32"):
         native.pick_gradient_(logits, tokens, scale=1.0, grad_logp=wide, **rest)
 
 
@@ -235,9 +235,32 @@ def test_results_do_not_depend_on_torchs_defaults() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-def test_softmax_is_for_float32_alone() -> None:
+@needs_kernels
+@pytest.mark.parametrize("entropy", [True, False])
+def test_softmax_reads_bfloat16_and_rounds_the_gradient_once(entropy: bool) -> None:
+    logits, tokens, _ = softmax_case(7, 5001)
+    half = logits.bfloat16()
+    wanted = native.pick(half.float(), tokens, scale=0.7, entropy=entropy)
+    got = native.pick(half, tokens, scale=0.7, entropy=entropy)
+    assert [value.dtype for value in got] == [torch.float32] * 3
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in zip(got, wanted, strict=True))
+    torch.manual_seed(1)
+    grad_logp, grad_entropy = torch.randn(2, 7)
+    rest = {
+        "lse": wanted[1],
+        "entropy": wanted[2],
+        "grad_logp": grad_logp,
+        "grad_entropy": grad_entropy if entropy else None,
+    }
+    exact = native.pick_gradient_(half.float(), tokens, scale=0.7, **rest)
+    rounded = native.pick_gradient_(half, tokens, scale=0.7, **rest).float()
+    # half a unit in the last of eight places, and what float32 rounds before
+    assert ((rounded - exact).abs() <= exact.abs() * (2**-8 + 1e-5) + 1e-12).all()
+
+
+def test_softmax_is_for_float32_and_bfloat16() -> None:
     assert not native.can_softmax(torch.zeros(1, 2, dtype=torch.float64))
-    assert not native.can_softmax(torch.zeros(1, 2, dtype=torch.bfloat16))
+    assert not native.can_softmax(torch.zeros(1, 2, dtype=torch.float16))
 
 
 def test_no_compiler_means_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:

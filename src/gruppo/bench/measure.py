@@ -16,7 +16,7 @@ import torch
 from gruppo.bench.machine import peak_gib, wait, watching
 from gruppo.bench.work import Work, device_of
 from gruppo.engine import LocalEngine
-from gruppo.memory import release_heap
+from gruppo.memory import keep_heap, release_heap
 from gruppo.model import Encoder, Loaded, compute_dtype, end_ids, faster_products, load
 from gruppo.model.parts import causal, embedding
 from gruppo.objective import PRESETS, KLNaive, KLTerm, Objective
@@ -54,6 +54,7 @@ class Measured:
 
 def measure(work: Work, *, gflops: dict[str, float] | None = None) -> Measured:
     """Run ``work`` and time it; ``gflops`` is the machine's peak by type of the products."""
+    keep_heap()
     bench = _Bench(work)
     for number in range(work.warmup):
         bench.step(number)

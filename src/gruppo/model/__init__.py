@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         save_adapter,
         without_adapter,
     )
-    from gruppo.model.logprob import Scored, can_pack, completion_logp
+    from gruppo.model.logprob import Scored, can_fuse, can_pack, completion_logp
     from gruppo.model.packaged import CATALOG, PackagedModel, cache_folder
     from gruppo.model.precision import cast_frozen, compute_dtype, is_autocast
     from gruppo.model.products import Products, faster_products, multiplying
@@ -35,6 +35,7 @@ _HOMES = {
     "attach": "gruppo.model.adapter",
     "base_model": "gruppo.model.adapter",
     "cache_folder": "gruppo.model.packaged",
+    "can_fuse": "gruppo.model.logprob",
     "can_pack": "gruppo.model.logprob",
     "cast_frozen": "gruppo.model.precision",
     "completion_logp": "gruppo.model.logprob",
@@ -61,6 +62,7 @@ __all__ = [
     "attach",
     "base_model",
     "cache_folder",
+    "can_fuse",
     "can_pack",
     "cast_frozen",
     "completion_logp",

@@ -120,9 +120,15 @@ class _Head:
     wide: torch.dtype
 
     def logits(self, part: slice) -> Tensor:
-        """Logits of some rows in wide floats [n, V], as the softmax takes them; a fresh tensor."""
+        """Logits of some rows [n, V], as the softmax takes them; a fresh tensor.
+
+        In wide floats, or as the product has made them where a kernel widens them itself.
+        """
         rows = self.rows[part]
-        z = (rows @ self.matrix.to(rows.dtype).t()).to(self.wide)
+        z = rows @ self.matrix.to(rows.dtype).t()
+        if self.bias is None and self._is_native(z):
+            return z
+        z = z.to(self.wide)
         z = z if self.bias is None else z.add_(self.bias)
         return z if self._is_native(z) else self.rule.apply(z)
 

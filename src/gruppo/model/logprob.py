@@ -7,7 +7,7 @@ the reference and the current policy. It draws nothing and knows no loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gruppo.model.attention import NAME, PACKING
+from gruppo.model.decoder_pass import decoder_states, find_pass
 from gruppo.model.head import logit_rule, token_logp
 from gruppo.model.packing import Packing, pack
 from gruppo.model.parts import body, causal, device_of, embedding, head
@@ -46,6 +47,7 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
     temperature: float = 1.0,
     entropy: bool = False,
     packed: bool = False,
+    fused: bool = False,
     chunk: int = 512,
 ) -> Scored:
     """Score ``tokens`` after their ``prompts`` (one per row), differentiably.
@@ -53,8 +55,8 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
     ``log softmax(z / temperature)`` with z the model's logits, widened to float32 before the
     division. Plain rows are padded on the right, where a causal model cannot see the padding: no
     attention mask is needed. Packed, neighbouring rows with one prompt share it (``packing.py``).
-    The head is applied to completion positions only, ``chunk`` of them
-    at a time. Run it under ``torch.autocast`` for bfloat16 products.
+    The head is applied to completion positions only, ``chunk`` of them at a time. Run it under
+    ``torch.autocast`` for bfloat16 products.
 
     Args:
         model: A Hugging Face causal language model, with or without a PEFT adapter.
@@ -63,8 +65,8 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
         length: Number of completion tokens in each row (0 is allowed).
         temperature: The sampling temperature.
         entropy: Whether to compute entropies too.
-        packed: Compute each prompt once for its neighbouring rows. Only for models for which
-            :func:`can_pack` holds.
+        packed: Compute each prompt once for its neighbouring rows; if :func:`can_pack`.
+        fused: Packed rows in few calls a layer (``decoder_pass.py``); if :func:`can_fuse`.
         chunk: Positions projected to the vocabulary at once (memory: chunk x V floats, and the
             logits that ``fused.py`` keeps).
 
@@ -78,8 +80,12 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
     device = device_of(model)
     counts = _checked(prompts, tokens, length)
     valid = (torch.arange(tokens.shape[1]) < torch.tensor(counts)[:, None]).to(device)
-    with thrifty() if device.type == "cpu" else nullcontext():
-        states = (_packed_states if packed else _plain_states)(model, prompts, tokens, counts)
+    decoder = find_pass(model) if packed and fused else None
+    if decoder is not None:
+        states = decoder_states(decoder, pack(prompts, tokens, counts))
+    else:
+        with thrifty() if device.type == "cpu" else nullcontext():
+            states = (_packed_states if packed else _plain_states)(model, prompts, tokens, counts)
     logp, spread = token_logp(
         head(model),
         states,
@@ -150,24 +156,36 @@ def packed_states(model: nn.Module, packing: Packing) -> Float[Tensor, "N D"]:
     return output.last_hidden_state[0][packing.source]
 
 
-@torch.no_grad()
 def can_pack(model: nn.Module) -> bool:
     """Whether this model gives packed rows the log-probabilities of plain ones (tried, small).
 
     Models that mix tokens by other means than the attention function (state spaces, linear
     attention) do not, nor do models that were left on another attention implementation.
     """
-    if causal(model).config._attn_implementation != NAME:
-        return False
+    return causal(model).config._attn_implementation == NAME and _agree(
+        model, {"packed": False}, {"packed": True}
+    )
+
+
+def can_fuse(model: nn.Module) -> bool:
+    """Whether a fused pass gives this model's log-probabilities; for one that packs."""
+    return find_pass(model) is not None and _agree(
+        model, {"packed": True}, {"packed": True, "fused": True}
+    )
+
+
+@torch.no_grad()
+def _agree(model: nn.Module, one: Mapping[str, bool], other: Mapping[str, bool]) -> bool:
+    """Whether two ways to score a small batch give the same but for rounding."""
     prompts = [(5, 6, 7), (5, 6, 7), (8, 9), (8, 9), (8, 9)]
     tokens = (torch.arange(5 * 6).view(5, 6) * 7 + 3) % len(embedding(model))
     length = torch.tensor([6, 3, 1, 4, 5])
     # An adapter over weights that were cast to bfloat16 runs under autocast alone.
     mixed = len({weight.dtype for weight in model.parameters()}) > 1
     with torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=mixed):
-        plain, packed = (
-            completion_logp(model, prompts, tokens, length, packed=flag).logp
-            for flag in (False, True)
+        mine, theirs = (
+            completion_logp(model, prompts, tokens, length, **options).logp
+            for options in (one, other)
         )
     tolerance = _PACKED_TOLERANCE[torch.bfloat16 if mixed else causal(model).dtype]
-    return bool((plain - packed).abs().max() <= tolerance)
+    return bool((mine - theirs).abs().max() <= tolerance)

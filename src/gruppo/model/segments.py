@@ -2,31 +2,36 @@
 
 The row's attention is cut into rectangles: some queries over some keys. Softmax over several
 rectangles is theirs weighted by their shares of the sum (arXiv:2205.14135, section 3.1), and the
-gradient of a rectangle needs the merged log-sum-exp and output only. So every part is one call of
-torch's flash kernel over views of the row: nothing is repeated, gathered or padded, and autograd
-keeps queries, keys, values and the output once. For CPUs, and plain softmax attention alone.
+gradient of a rectangle needs the merged log-sum-exp and output only. So nothing is repeated,
+gathered or padded, and autograd keeps queries, keys, values and the output once. A rectangle is a
+few products of matrices with a compiled softmax between them (``rectangle.py``), or a call of
+torch's flash kernel where there is no compiler. For CPUs, and plain softmax attention alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from gruppo.model.rectangle import Gradients, Way, by_key_head, way_of
+from gruppo.native import can_score
+
+BLOCK_SCORES: Final = 2**23
+"""Scores of one rectangle: 32 MiB of them in float32."""
+_LEAST_QUERIES: Final = 128  # fewer make products too small to be fast
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """Queries at positions ``query`` over keys at ``key``.
 
-    Both are the same and each query sees the keys up to its own (``causal``), or it sees all.
+    The last query sees all keys and each one before it one less (``causal``), or all see all.
     """
 
     query: slice
@@ -60,7 +65,55 @@ def merged_attention(
     if torch.is_autocast_enabled("cpu"):  # as torch does for its own attention
         kind = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
-    return _Merged.apply(query, key, value, tuple(parts), scaling)
+    with torch.autocast("cpu", enabled=False):  # types are chosen here, product by product
+        return _Merged.apply(query, key, value, cut(parts, query), scaling)
+
+
+def cut(parts: Sequence[Part], query: Float[Tensor, "1 H N D"]) -> tuple[Part, ...]:
+    """``parts`` by blocks of bounded memory; torch's kernel cuts for itself."""
+    if not can_score(query):
+        return tuple(parts)
+    return tuple(block for part in parts for block in blocks(part, heads=query.shape[1]))
+
+
+def attend(way: Way, parts: Sequence[Part], out: Float[Tensor, "K N R D"]) -> Tensor:
+    """Write the attention of all queries to ``out``; returns log-sum-exps [K, N, R]."""
+    wide = torch.promote_types(out.dtype, torch.float32)
+    lse = out.new_full(out.shape[:3], -torch.inf, dtype=wide)
+    for part in parts:
+        here = part.query
+        mixed, sums = way.attend(here, part.key, causal=part.causal)
+        if part.causal:
+            out[:, here], lse[:, here] = mixed, sums
+        else:
+            _merge(out[:, here], lse[:, here], mixed, sums)
+    return lse
+
+
+def attend_backward(
+    way: Way,
+    parts: Sequence[Part],
+    given: Float[Tensor, "K N R D"],
+    *,
+    out: Float[Tensor, "K N R D"],
+    lse: Float[Tensor, "K N R"],
+) -> Gradients:
+    """Gradients of queries, keys and values, from that ``given`` of ``out``."""
+    sums = Gradients.zeros(out)
+    back = way.backward(given, out, lse)
+    for part in parts:
+        back(part.query, part.key, sums, causal=part.causal)
+    return sums
+
+
+def blocks(part: Part, *, heads: int) -> Iterator[Part]:
+    """``part`` by some queries at a time, so that its scores take bounded memory."""
+    width = part.key.stop - part.key.start
+    size = max(_LEAST_QUERIES, BLOCK_SCORES // (heads * width))
+    for start in range(part.query.start, part.query.stop, size):
+        stop = min(start + size, part.query.stop)
+        unseen = part.query.stop - stop if part.causal else 0
+        yield Part(slice(start, stop), slice(part.key.start, part.key.stop - unseen), part.causal)
 
 
 class _Merged(torch.autograd.Function):
@@ -73,19 +126,10 @@ class _Merged(torch.autograd.Function):
         parts: tuple[Part, ...],
         scaling: float | None,
     ) -> Tensor:
-        views = _Views.of(query, key, value)
         _, heads, length, width = query.shape
         out = query.new_empty(1, length, heads, width)
-        merged = views.split(out.transpose(1, 2)[0])
-        wide = torch.promote_types(query.dtype, torch.float32)
-        lse = query.new_full(merged.shape[:3], -torch.inf, dtype=wide)
-        for part in parts:
-            here, seen = part.query, part.key
-            mixed, sums = _flash(*views.at(here, seen), is_causal=part.causal, scale=scaling)
-            if part.causal:
-                merged[:, :, here], lse[:, :, here] = mixed, sums
-            else:
-                _merge(merged[:, :, here], lse[:, :, here], mixed, sums)
+        way = way_of(query, key, value, scaling)
+        lse = attend(way, parts, by_key_head(out.transpose(1, 2), key))
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.parts, ctx.scaling = parts, scaling
         return out
@@ -94,26 +138,12 @@ class _Merged(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         query, key, value, out, lse = ctx.saved_tensors
-        views = _Views.of(query, key, value)
-        merged = views.split(out.transpose(1, 2)[0])
-        given = views.split(grad_outputs[0].transpose(1, 2)[0])
-        grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
-        sums = _Views.of(*grads)
-        for part in ctx.parts:
-            here, seen = part.query, part.key
-            found = _flash_backward(
-                given[:, :, here],
-                *views.at(here, seen),
-                merged[:, :, here],
-                lse[:, :, here],
-                0.0,
-                part.causal,
-                scale=ctx.scaling,
-            )
-            sums.query[:, :, here] += found[0]
-            sums.key[:, 0, seen] += found[1].sum(1)
-            sums.value[:, 0, seen] += found[2].sum(1)
-        return *grads, None, None
+        merged, given = (
+            by_key_head(tensor.transpose(1, 2), key) for tensor in (out, grad_outputs[0])
+        )
+        way = way_of(query, key, value, ctx.scaling)
+        sums = attend_backward(way, ctx.parts, given, out=merged, lse=lse)
+        return *sums.like(query, key), None, None
 
 
 def _merge(out: Tensor, lse: Tensor, mixed: Tensor, sums: Tensor) -> None:
@@ -122,27 +152,3 @@ def _merge(out: Tensor, lse: Tensor, mixed: Tensor, sums: Tensor) -> None:
     share, other = ((x - whole).exp_()[..., None] for x in (lse, sums))
     out.copy_(out * share + mixed * other)
     lse.copy_(whole)
-
-
-@dataclass(frozen=True, slots=True)
-class _Views:
-    """Tensors by key head, without copies: query [K, R, N, D], key and value [K, 1, N, D]."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> _Views:
-        grouped = query[0].unflatten(0, (key.shape[1], -1))
-        return cls(grouped, key[0][:, None], value[0][:, None])
-
-    def split(self, tensor: Tensor) -> Tensor:
-        """[H, N, D] like the query."""
-        return tensor.unflatten(0, self.query.shape[:2])
-
-    def at(self, here: slice, seen: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """What the kernel takes: keys and values once for each query head, by a stride of 0."""
-        repeats = self.query.shape[1]
-        key, value = (x[:, :, seen].expand(-1, repeats, -1, -1) for x in (self.key, self.value))
-        return self.query[:, :, here], key, value

@@ -7,18 +7,35 @@ from gruppo.native.attention import can_attend, decode_attention
 from gruppo.native.compiled import kernels
 from gruppo.native.layer import add_norm, rotate_and_keep, swiglu
 from gruppo.native.sampling import can_sample, sample
+from gruppo.native.scores import Mask, can_score, score_gradient, softmax_scores
 from gruppo.native.softmax import can_softmax, pick, pick_gradient_
+from gruppo.native.training import (
+    join_heads,
+    norm_backward,
+    norm_forward,
+    split_heads,
+    swiglu_backward,
+)
 
 __all__ = [
+    "Mask",
     "add_norm",
     "can_attend",
     "can_sample",
+    "can_score",
     "can_softmax",
     "decode_attention",
+    "join_heads",
     "kernels",
+    "norm_backward",
+    "norm_forward",
     "pick",
     "pick_gradient_",
     "rotate_and_keep",
     "sample",
+    "score_gradient",
+    "softmax_scores",
+    "split_heads",
     "swiglu",
+    "swiglu_backward",
 ]

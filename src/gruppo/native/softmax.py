@@ -12,10 +12,12 @@ from torch import Tensor
 
 from gruppo.native.compiled import kernel, kernels
 
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
 
 def can_softmax(logits: Tensor) -> bool:
     """Whether ``pick`` and ``pick_gradient_`` can take such logits here."""
-    return logits.device.type == "cpu" and logits.dtype == torch.float32 and kernels() is not None
+    return logits.device.type == "cpu" and logits.dtype in _NAMES and kernels() is not None
 
 
 def pick(
@@ -23,12 +25,13 @@ def pick(
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"], Float[Tensor, "N"]]:
     """Log-probability of each row's token, log-sum-exp, and entropy (0 unless asked), in nats.
 
-    Only for what ``can_softmax``; logits are contiguous. Sums are in float32 over blocks and in
-    float64 over these. A logit of -inf is a probability of 0; NaN gives NaN.
+    Only for what ``can_softmax``; logits are contiguous, results float32. Sums are in
+    float32 over blocks and in float64 over these. A logit of -inf is a probability of 0; NaN gives
+    NaN.
     """
-    logp, lse, spread = logits.new_zeros(3, len(logits)).unbind()
+    logp, lse, spread = logits.new_zeros(3, len(logits), dtype=torch.float32).unbind()
     floats = [logp, lse, spread if entropy else None]
-    _call("softmax_forward_float32", "iifppppp", scale, logits, tokens, floats)
+    _call("softmax_forward", "iifppppp", scale, logits, tokens, floats)
     return logp, lse, spread
 
 
@@ -44,7 +47,7 @@ def pick_gradient_(
 ) -> Float[Tensor, "N V"]:
     """Turn ``logits`` into the gradient with respect to them; in place."""
     floats = [lse, entropy, grad_logp, grad_entropy]
-    _call("softmax_backward_float32", "iifpppppp", scale, logits, tokens, floats)
+    _call("softmax_backward", "iifpppppp", scale, logits, tokens, floats)
     return logits
 
 
@@ -63,6 +66,6 @@ def _call(
     assert 0 <= low <= high < width, "tokens are within the vocabulary"
     given = [logits, tokens, *floats]
     assert all(t is None or t.is_contiguous() for t in given), "buffers are whole"
-    assert all(t is None or t.dtype == torch.float32 for t in (logits, *floats)), "all is float32"
+    assert all(t is None or t.dtype == torch.float32 for t in floats), "all but logits is float32"
     pointers = (None if t is None else t.data_ptr() for t in given)
-    kernel(name, kinds)(rows, width, scale, *pointers)
+    kernel(f"{name}_{_NAMES[logits.dtype]}", kinds)(rows, width, scale, *pointers)

@@ -27,7 +27,6 @@ from gruppo.engine.base import (
 )
 from gruppo.engine.local.batch import plan_waves
 from gruppo.engine.local.capture import capture_for
-from gruppo.engine.local.decoder import find_decoder
 from gruppo.engine.local.fused import FusedStep
 from gruppo.engine.local.graphs import Replays
 from gruppo.engine.local.module import HALF, copy_weights, generating
@@ -38,6 +37,7 @@ from gruppo.engine.local.shared import Advance, Drawing, Drawn, Spoken
 from gruppo.engine.local.store import Store
 from gruppo.engine.local.waves import Waves
 from gruppo.memory import Fitting
+from gruppo.model.decoder import find_decoder
 from gruppo.model.parts import context_length, text_config
 from gruppo.types import Completion, Request, Sampling
 

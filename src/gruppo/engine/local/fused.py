@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gruppo import native
-from gruppo.engine.local.decoder import Decoder, Norm
 from gruppo.engine.local.packed import Product, Products
 from gruppo.engine.local.store import Decode, Store
+from gruppo.model.decoder import Decoder, Norm
 
 _Norm = tuple[Tensor, float]
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from gruppo.memory import is_out_of_memory
+from gruppo.model.decoder import Group
 
 WORTHWHILE = 32
 """Decode steps from which on the copies, which cost about as much as one step, pay."""
 
-Group = tuple[nn.Linear, ...]
 Product = Callable[[Tensor], Tensor]
 Products = Callable[[Group], Product]
 """What multiplies rows by the matrices of some layers; the results lie side by side."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from gruppo import native
-from gruppo.engine.local.decoder import Decoder, find_decoder
 from gruppo.engine.local.forward import forward
 from gruppo.engine.local.fused import FusedStep
 from gruppo.engine.local.module import generating
@@ -21,6 +20,7 @@ from gruppo.engine.local.shared import Advance, Drawing
 from gruppo.engine.local.store import Decode, Piece, Prefill, Store
 from gruppo.memory import is_out_of_memory
 from gruppo.model.attention import NAME
+from gruppo.model.decoder import Decoder, find_decoder
 from gruppo.model.parts import causal, context_length, text_config
 from gruppo.types import Request, Sampling
 
@@ -79,7 +79,7 @@ def can_fuse(model: nn.Module, compute_dtype: torch.dtype) -> bool:
     scale queries far from the beginning.
     """
     decoder = find_decoder(model)
-    if decoder is None or native.kernels() is None:
+    if decoder is None or decoder.dtype is None or native.kernels() is None:
         return False
     with generating(model, compute_dtype) as dtype:
         kept = dtype or next(model.parameters()).dtype

@@ -1,7 +1,8 @@
 """The parts of a pre-norm decoder of Llama's kind, found by the names and types of its modules.
 
 Llama, SmolLM, Mistral, Qwen 2 and Qwen 3 are built like that. What is found here only looks like
-such a decoder: that it computes like one is for ``probe.can_fuse`` to find out.
+such a decoder: that it computes like one is for those to find out who compute it otherwise
+(``decoder_pass.py`` in training, the local engine in sampling).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gruppo.engine.local.packed import Group
-
+Group = tuple[nn.Linear, ...]
+"""Layers that read the same rows."""
 _MODEL = {"model", "lm_head"}
 _BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -42,6 +43,15 @@ class Layer:
     gate_up: Group
     down: Group
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Weights and biases."""
+        linears = (*self.query_key_value, *self.out, *self.gate_up, *self.down)
+        norms = (self.before_attention, self.before_mlp, *self.head_norms)
+        return [
+            *(norm.weight for norm in norms if norm is not None),
+            *(parameter for layer in linears for parameter in layer.parameters()),
+        ]
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Decoder:
@@ -52,6 +62,14 @@ class Decoder:
     layers: tuple[Layer, ...]
     norm: Norm
     head: Group
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type of all parameters; None if they have several."""
+        kinds = {p.dtype for layer in self.layers for p in layer.parameters()}
+        kinds |= {p.dtype for p in self.embedding.parameters()} | {self.norm.weight.dtype}
+        kinds |= {layer.weight.dtype for layer in self.head}
+        return kinds.pop() if len(kinds) == 1 else None
 
     @property
     def together(self) -> list[Group]:
@@ -83,16 +101,14 @@ def _decoder(model: nn.Module) -> Decoder:
     _expect(type(embedding) is nn.Embedding and embedding.max_norm is None)
     _expect(type(layers) is nn.ModuleList)
     assert isinstance(embedding, nn.Embedding)
-    decoder = Decoder(
+    _expect({p.device.type for p in model.parameters()} == {"cpu"})
+    return Decoder(
         embedding=embedding,
         rotary=body["rotary_emb"],
         layers=tuple(_layer(layer) for layer in layers.children()),
         norm=_norm(body["norm"]),
         head=_linears(top, "lm_head"),
     )
-    kinds = {(str(p.device), p.dtype) for p in model.parameters()}
-    _expect(kinds <= {("cpu", torch.float32)} or kinds <= {("cpu", torch.bfloat16)})
-    return decoder
 
 
 def _layer(module: nn.Module) -> Layer:

@@ -1,0 +1,153 @@
+"""A training pass in few calls a layer gives the model's own values and gradients."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto import CONFIG_MAPPING
+
+from gruppo import native
+from gruppo.model import Lora, attach, can_fuse, can_pack, completion_logp, multiplying
+from gruppo.model.attention import adopt
+from gruppo.model.decoder_pass import find_pass
+from gruppo.model.precision import cast_frozen
+from gruppo.model.source import checkpoint_activations
+from gruppo.native import compiled as building
+from gruppo.policy import Optim, Policy
+from support.engines import TINY
+
+needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="no C++ compiler here")
+PROMPTS = [(5, 6, 7, 8, 9)] * 3 + [(11, 3)] * 4
+LENGTHS = torch.tensor([6, 1, 4, 3, 0, 6, 2])
+
+
+def build(name: str, **extra: object) -> nn.Module:
+    """Norms and biases are not what they are at first, 1 and 0."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**{**TINY, **extra}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    assert adopt(model)
+    return model
+
+
+def outcome(model: nn.Module, *, fused: bool, half: bool = False) -> dict[str, Tensor]:
+    """Log-probabilities and all gradients of a weighted sum."""
+    torch.manual_seed(1)
+    tokens, weights = torch.randint(0, 60, (7, 6)), torch.randn(7, 6)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        scored = completion_logp(model, PROMPTS, tokens, LENGTHS, packed=True, fused=fused)
+    (scored.logp * weights).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"logp": scored.logp.detach()} | grads
+
+
+def gap(mine: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Largest difference, relative to the largest value of each tensor."""
+    assert mine.keys() == other.keys()
+    return max(
+        float((mine[name] - other[name]).abs().max() / other[name].abs().max().clamp(min=1e-30))
+        for name in other
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # qwen2 has biases
+@pytest.mark.parametrize("products", ["torch", "onednn"])
+def test_values_and_gradients(name, products):
+    model = build(name)
+    assert can_pack(model)
+    assert can_fuse(model)
+    with multiplying(products):
+        assert gap(outcome(model, fused=True), outcome(model, fused=False)) < 2e-5
+
+
+@needs_kernels
+def test_bfloat16_is_as_far_from_float32_as_autocast_is():
+    model = build("llama")
+    exact = outcome(model, fused=False)
+    ours, theirs = (gap(outcome(model, fused=fused, half=True), exact) for fused in (True, False))
+    assert theirs > 1e-3
+    assert ours < 1.5 * theirs
+
+
+@needs_kernels
+def test_frozen_weights_get_no_gradient():
+    model = build("qwen2")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1" in name and "k_proj" not in name)
+    mine, other = outcome(model, fused=True), outcome(model, fused=False)
+    assert "model.layers.1.self_attn.q_proj.bias" in mine
+    assert "model.layers.1.self_attn.k_proj.weight" not in mine
+    assert gap(mine, other) < 2e-5
+
+
+@needs_kernels
+def test_a_frozen_reference_with_cast_matrices():
+    """Its linear layers are bfloat16, all else float32; as under autocast with float32 weights."""
+    model = build("llama").requires_grad_(False)
+    tokens = torch.randint(0, 60, (7, 6))
+    found = []
+    for cast in (False, True):
+        if cast:
+            cast_frozen(model, torch.bfloat16)
+        assert find_pass(model) is not None
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            scored = completion_logp(model, PROMPTS, tokens, LENGTHS, packed=True, fused=True)
+        found.append(scored.logp)
+    assert torch.equal(*found)
+
+
+@needs_kernels
+def test_what_is_not_like_it_goes_the_plain_way():
+    assert find_pass(build("mistral", sliding_window=6)) is None
+    assert find_pass(build("qwen3")) is None  # norms of queries and keys
+    dropping = build("llama")
+    dropping.config.attention_dropout = 0.1
+    assert find_pass(dropping) is None
+    assert find_pass(attach(build("llama"), Lora(rank=2))) is None
+    assert find_pass(build("llama").double()) is None
+    hooked = build("llama")
+    hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert find_pass(hooked) is None
+
+
+@needs_kernels
+def test_what_computes_otherwise_is_found_out():
+    """Granite multiplies by factors of its own, in modules of the same names."""
+    model = build("granite", residual_multiplier=0.5, attention_multiplier=0.3)
+    assert can_pack(model)
+    assert not can_fuse(model)
+
+
+@needs_kernels
+def test_the_policy_takes_it_unless_layers_are_recomputed(monkeypatch):
+    taken: list[bool] = []
+    real = completion_logp
+
+    def watched(*arguments: object, fused: bool, **options: object) -> object:
+        taken.append(fused)
+        return real(*arguments, fused=fused, **options)
+
+    monkeypatch.setattr("gruppo.policy.policy.completion_logp", watched)
+    model = build("llama")
+    tokens = torch.randint(0, 60, (7, 6))
+    plain = Policy(model, optim=Optim(), total_updates=1)
+    plain.logp(PROMPTS, tokens, LENGTHS)
+    checkpoint_activations(model)
+    Policy(model, optim=Optim(), total_updates=1).logp(PROMPTS, tokens, LENGTHS)
+    assert taken == [True, False]
+
+
+def test_without_a_compiler_it_is_not_taken(monkeypatch):
+    monkeypatch.setenv("GRUPPO_NATIVE", "0")
+    building.kernels.cache_clear()
+    try:
+        model = build("llama")
+        assert find_pass(model) is None
+        assert gap(outcome(model, fused=True), outcome(model, fused=False)) == 0.0
+    finally:
+        building.kernels.cache_clear()
