@@ -31,7 +31,7 @@ from gruppo.sandbox import (
 from gruppo.types import Completion, Problem
 
 _MAX_SOURCE: Final = 100_000  # characters; a program that is longer is no answer to a problem
-_AHEAD: Final = 8  # programs per worker that are compiled before they are run: they lie in memory
+_AHEAD: Final = 16  # programs that are compiled before they are run: they lie in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +55,11 @@ class Code:
     """The share of its tests that a completion's program passes.
 
     The program is the last fenced block after ``</think>`` (``extract = "all"``: all of the text
-    there); in the languages "c" and "cpp", the last that is marked as such or not at all. Those are
+    there); in the languages "c" and "cpp" the last that is marked as such, or not marked. Those are
     compiled (``gcc`` or ``g++``, -O2, static) in one box and run in another, and have tests of
-    standard input only; what does not compile scores the minimum. The tests stand in the problem's column ``column``, in one of the forms of
-    ``code_tests``. ``score = "all"`` gives 1 only if every test passes, and stops at the first that
-    fails.
+    standard input only; what does not compile scores the minimum. The tests stand in the problem's
+    column ``column``, in one of the forms of ``code_tests``. ``score = "all"`` gives 1 only if
+    every test passes, and stops at the first that fails.
 
     ``sandbox`` says how programs are run: see ``gruppo.sandbox.Sandbox``. Standard input cases get
     a fresh box each; function cases and assertions one for the program (and one for the test code).
@@ -141,7 +141,7 @@ class Code:
             return pool.map(run, trials)
         makers = workshop(self.sandbox, self.workers, chain)
         results: list[Result | WrongTests | SandboxFailure] = []
-        for start in range(0, len(trials), step := _AHEAD * self.workers):
+        for start in range(0, len(trials), step := max(_AHEAD, self.workers)):
             some = trials[start : start + step]
             built = makers.map(lambda fresh, trial: build(fresh, trial, chain), some)
             ran = iter(pool.map(run, [made for made in built if isinstance(made, Trial)]))

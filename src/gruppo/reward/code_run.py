@@ -22,7 +22,7 @@ from gruppo.sandbox import (
     SandboxFailure,
     Toolchain,
     Unsendable,
-    compiled,
+    compile_program,
     same,
 )
 from gruppo.sandbox.wire import check
@@ -65,7 +65,7 @@ def build(fresh: FreshBox, trial: Trial, chain: Toolchain) -> Trial | Result:
     Raises:
         SandboxFailure, NoSandbox: no fault of the program.
     """
-    made = compiled(fresh, chain, trial.source)
+    made = compile_program(fresh, chain, trial.source)
     if isinstance(made, Binary):
         return replace(trial, binary=made)
     kind = "compile_timeout" if made.ended in ("cpu", "wall") else "compile_error"

@@ -17,7 +17,7 @@ from gruppo.sandbox.base import (
 )
 from gruppo.sandbox.box import Box
 from gruppo.sandbox.choose import Choice, boxes, choose
-from gruppo.sandbox.compiled import compiled, try_out, workshop
+from gruppo.sandbox.compiled import compile_program, try_out, workshop
 from gruppo.sandbox.pool import FreshBox, Pool
 from gruppo.sandbox.toolchain import CPP, C, Toolchain
 from gruppo.sandbox.wire import Unsendable, decode, encode, same
@@ -41,7 +41,7 @@ __all__ = [
     "Unsendable",
     "boxes",
     "choose",
-    "compiled",
+    "compile_program",
     "decode",
     "encode",
     "same",

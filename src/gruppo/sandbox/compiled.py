@@ -74,7 +74,7 @@ def workshop(settings: Sandbox, workers: int, chain: Toolchain) -> Pool:
     return Pool(backend, for_compiling(settings), workers)
 
 
-def compiled(fresh: FreshBox, chain: Toolchain, source: str) -> Binary | Outcome:
+def compile_program(fresh: FreshBox, chain: Toolchain, source: str) -> Binary | Outcome:
     """Compile a program in a fresh box of ``workshop``; where that fails, how."""
     return fresh().compile(find(chain), source)
 
@@ -94,7 +94,7 @@ def try_out(settings: Sandbox, chain: Toolchain) -> str:
     runner = Pool(lambda: chosen.backend, replace(settings, cpu_s=max(5, settings.cpu_s)), 1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            os.chmod(folder, 0o777)  # noqa: S103 - so that walls hold, and not the folder's mode
+            os.chmod(folder, 0o777)  # the walls are tried, not this folder's mode
             canary = Path(folder, "canary")
             canary.write_text("static int canary;\n")
             canary.chmod(0o666)
@@ -113,7 +113,7 @@ def try_out(settings: Sandbox, chain: Toolchain) -> str:
 def _won(maker: Pool, runner: Pool, chain: Toolchain, canary: Path) -> list[str]:
     probe = _PROBE.replace("@CANARY@", str(canary)).replace("@PID@", str(os.getpid()))
     peek = f'#include "{canary}"\nint main(void) {{ return canary; }}\n'
-    made, peeked = maker.map(lambda fresh, source: compiled(fresh, chain, source), [probe, peek])
+    made, peeked = maker.map(lambda fresh, source: compile_program(fresh, chain, source), [probe, peek])
     if not isinstance(made, Binary):
         raise NoSandbox(
             f"sandbox: {chain.program} compiles nothing in its box ({_about(made)}). It must be "

@@ -94,7 +94,7 @@ def build() -> bytes:
     No signals, no modes of files, no limits of others: a compiler that a program has taken over
     must not reach the user's other processes and files.
     """
-    checked = {
+    checked: dict[str, tuple[int, Sequence[int]]] = {
         "ioctl": (1, _IOCTLS),
         "fcntl": (1, _FCNTLS),
         "arch_prctl": (0, (_SET_FS,)),

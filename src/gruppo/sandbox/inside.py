@@ -210,11 +210,15 @@ def _stand_in(channel: Channel, name: str) -> Callable[..., object]:
             return decode(reply["value"])
         kind = getattr(builtins, reply["error"]["kind"], None)
         text = f"{reply['error']['type']}: {reply['error']['text']}"
-        if isinstance(kind, type) and issubclass(kind, Exception):
+        if isinstance(kind, type) and issubclass(kind, Exception) and kind not in _ENDINGS:
             raise _made(kind, text)
         raise RuntimeError(text)
 
     return call
+
+
+# In test code that maps or loops they would be no error, but an early and silent end.
+_ENDINGS: Final = (StopIteration, StopAsyncIteration)
 
 
 def _made(kind: type[Exception], text: str) -> Exception:

@@ -1,0 +1,96 @@
+"""The code reward for C and C++: compiled in one box, run in another."""
+
+import shutil
+import sys
+
+import pytest
+
+from gruppo.recipe import load
+from gruppo.recipe.build import open_rewards
+from gruppo.reward import Code
+from gruppo.sandbox import Sandbox
+from gruppo.sandbox.toolchain import find
+from gruppo.types import Completion, Problem, Score
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+BOX = Sandbox(kind="lite", cpu_s=1, wall_s=3.0, memory_mib=256)
+SQUARE = {"stdin": [{"input": "3\n", "output": "9\n"}, {"input": "-4", "output": "16"}]}
+
+
+def row(text: str) -> Completion:
+    return Completion(tokens=(), logp=(), mask=(), version=(), text=text, finish="stop")
+
+
+SQUARED = """#include <stdio.h>
+int main() {{ int n; scanf("%d", &n); {} printf("%d\\n", {}); }}"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    code = Code(sandbox=BOX, language="cpp")
+    yield code
+    code.close()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("do", "said", "value"),
+    [
+        ("", "n * n", 1.0),
+        ("", "9", 0.5),
+        ("return", "n * n", 0.0),
+        ("", "n *", ("completion", "compile_error")),
+        ("abort();", "n * n", ("completion", "compile_error")),  # undeclared
+        ("__builtin_trap();", "n * n", ("completion", "crash")),
+        ("for (volatile int i = 0;; i++) {}", "n * n", ("completion", "timeout")),
+        ('for (;;) puts("0123456789");', "n * n", ("completion", "oversize")),
+    ],
+)
+def test_compiled_programs_are_judged_by_what_they_print(
+    compiled: Code, do: str, said: str, value: object
+) -> None:
+    problem = Problem(id="p", prompt=(), info={"tests": SQUARE})
+    text = f"```cpp\n{SQUARED.format(do, said)}\n```\nprints\n```text\n9\n```"
+    [found] = compiled(problem, [row(text)])
+    assert ((found.error.fault, found.error.kind) if isinstance(found, Score) else found) == value
+
+
+@needs_compiler
+def test_a_compilers_words_reach_no_score(compiled: Code) -> None:
+    problem = Problem(id="p", prompt=(), info={"tests": SQUARE})
+    sources = [
+        '#include "/etc/passwd"',
+        '#line 1 "/etc/passwd"\n#error "secret"',
+        '#error "secret"',
+    ]
+    values = compiled(problem, [row(f"```c++\n{source}\n```") for source in sources])
+    assert [value.error.text for value in values] == ["g++: status 1"] * 3
+
+
+@needs_compiler
+def test_c_is_a_language_of_its_own() -> None:
+    code = Code(sandbox=BOX, language="c")
+    problem = Problem(id="p", prompt=(), info={"tests": SQUARE})
+    source = SQUARED.format("int class = n;", "class * n")  # no C++
+    values = code(problem, [row(f"```{mark}\n{source}\n```") for mark in ("c", "", "cpp")])
+    code.close()
+    assert values[:2] == [1.0, 1.0]
+    assert values[2].error.kind == "no_program"
+
+
+def test_functions_of_compiled_programs_cannot_be_called(compiled: Code) -> None:
+    for tests in ({"function": "f", "cases": [{"args": [], "expected": 1}]}, {"asserts": ["f()"]}):
+        [value] = compiled(Problem(id="p", prompt=(), info={"tests": tests}), [row("```\nx\n```")])
+        assert (value.error.fault, value.error.kind) == ("grader", "tests_wrong")
+        assert 'tests of the form {"stdin": [...]} alone' in value.error.text
+
+
+def test_a_missing_compiler_is_refused_with_the_install_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find.cache_clear()
+    monkeypatch.setenv("PATH", "/nowhere")
+    settings = ['reward.parts.0.sandbox={kind = "lite"}', "reward.parts.0.language=cpp"]
+    with pytest.raises(ValueError, match=r"g\+\+, which is not installed: apt-get install g\+\+"):
+        open_rewards(load("code_tasks", settings), lambda text: None)
