@@ -140,7 +140,11 @@ COMPILER = (
     top("huge fill", 'asm(".data\\n.fill 1 << 36, 1, 1\\n.text");', slow=True),
     top("repeated for ever", 'asm(".rept 1 << 40\\nnop\\n.endr");', slow=True),
     top("deep parentheses", f"int a = {'(' * 40_000}1{')' * 40_000};"),
-    top("flood of warnings", '#pragma message "x"\n' * 30_000),
+    Attack(
+        name="flood of messages",
+        source='#pragma message "x"\n' * 30_000 + _program("", "true"),
+        earns=True,
+    ),
     top("a constructor of another's", 'asm(".section .init_array\\n.quad 0xdead\\n.text");'),
     Attack(name="nul in the source", source="int main() { \0 }"),
     Attack(

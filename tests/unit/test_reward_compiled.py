@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,13 @@ from gruppo.types import Completion, Problem, Score
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+BOXES = [
+    "lite",
+    pytest.param(
+        "bubblewrap",
+        marks=pytest.mark.skipif(shutil.which("bwrap") is None, reason="it is not installed"),
+    ),
+]
 BOX = Sandbox(kind="lite", cpu_s=1, wall_s=3.0, memory_mib=256)
 SQUARE = {"stdin": [{"input": "3\n", "output": "9\n"}, {"input": "-4", "output": "16"}]}
 
@@ -54,6 +62,31 @@ def test_compiled_programs_are_judged_by_what_they_print(
     text = f"```cpp\n{SQUARED.format(do, said)}\n```\nprints\n```text\n9\n```"
     [found] = compiled(problem, [row(text)])
     assert ((found.error.fault, found.error.kind) if isinstance(found, Score) else found) == value
+
+
+REFUSED = r"""#include <fcntl.h>
+#include <stdio.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int main() {
+    int n, own = open("/lib64/ld-linux-x86-64.so.2", O_RDONLY);
+    char *const none[] = {nullptr};
+    if (scanf("%d", &n) != 1 || open("/etc/passwd", O_RDONLY) >= 0) return 1;
+    if (fork() >= 0 || socket(AF_INET, SOCK_STREAM, 0) >= 0) return 2;
+    syscall(SYS_execveat, own, "", none, none, AT_EMPTY_PATH);
+    execve("/bin/true", none, none);
+    printf("%d\n", n * n);
+}"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", BOXES)
+def test_a_compiled_program_can_start_open_and_reach_nothing(kind: str) -> None:
+    code = Code(sandbox=replace(BOX, kind=kind), language="cpp", extract="all")
+    values = code(Problem(id="p", prompt=(), info={"tests": SQUARE}), [row(REFUSED)])
+    code.close()
+    assert values == [1.0]  # it goes on after every refusal
 
 
 @needs_compiler

@@ -113,7 +113,9 @@ def try_out(settings: Sandbox, chain: Toolchain) -> str:
 def _won(maker: Pool, runner: Pool, chain: Toolchain, canary: Path) -> list[str]:
     probe = _PROBE.replace("@CANARY@", str(canary)).replace("@PID@", str(os.getpid()))
     peek = f'#include "{canary}"\nint main(void) {{ return canary; }}\n'
-    made, peeked = maker.map(lambda fresh, source: compile_program(fresh, chain, source), [probe, peek])
+    made, peeked = maker.map(
+        lambda fresh, source: compile_program(fresh, chain, source), [probe, peek]
+    )
     if not isinstance(made, Binary):
         raise NoSandbox(
             f"sandbox: {chain.program} compiles nothing in its box ({_about(made)}). It must be "
