@@ -3,13 +3,16 @@
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from gruppo.recipe import load
 from gruppo.recipe.build import open_rewards
 from gruppo.reward import Code
-from gruppo.sandbox import Sandbox
+from gruppo.sandbox import CPP, Box, Outcome, Sandbox, SandboxFailure
+from gruppo.sandbox.compiled import for_compiling
+from gruppo.sandbox.lite import Lite
 from gruppo.sandbox.toolchain import find
 from gruppo.types import Completion, Problem, Score
 
@@ -99,6 +102,44 @@ def test_a_compilers_words_reach_no_score(compiled: Code) -> None:
     ]
     values = compiled(problem, [row(f"```c++\n{source}\n```") for source in sources])
     assert [value.error.text for value in values] == ["g++: status 1"] * 3
+
+
+@needs_compiler
+def test_a_box_in_which_nothing_can_be_written_is_no_fault_of_the_program() -> None:
+    box = Box(Lite().compiling(find(CPP)), for_compiling(BOX), 61_500)
+    box.wait_ready()
+    folder = Path(box._folder)
+    folder.rmdir()
+    with pytest.raises(SandboxFailure, match="no word of the compiler"):
+        box.compile(find(CPP), "int main() {}")
+    box.close()
+    assert folder.name.startswith("gruppo-compile-")
+
+
+@needs_compiler
+def test_nothing_is_left_of_a_compiler_that_is_cut_off() -> None:
+    box = Box(Lite().compiling(find(CPP)), replace(for_compiling(BOX), wall_s=0.5), 61_500)
+    box.wait_ready()
+    endless = (
+        "template<int N, int M> struct A { A<N - 1, M * 2> a; A<N - 1, M * 2 + 1> b; };\n"
+        "template<int M> struct A<0, M> {};\nA<25, 0> a;"
+    )
+    outcome = box.compile(find(CPP), endless)
+    folder, family = Path(box._folder), [n for n in range(box.pid, box.pid + 50) if is_ours(n)]
+    box.close()
+    assert isinstance(outcome, Outcome)
+    assert outcome.ended == "wall"
+    assert family == []
+    assert not folder.exists()
+
+
+def is_ours(pid: int) -> bool:
+    """Whether this process compiles, and has not ended."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"main.cpp" in command
 
 
 @needs_compiler

@@ -141,14 +141,20 @@ class Box:
         return self._until(lambda: False)
 
     def compile(self, tools: Tools, source: str) -> Binary | Outcome:
-        """Compile a program; where that fails, how."""
+        """Compile a program; where that fails, how.
+
+        Raises:
+            SandboxFailure: the box ended without a word of its compiler (a full disk, say).
+        """
         order = {"mode": "compile", "source": source, "folder": self._folder}
         self._begin(order | {"argv": tools.argv, "search": tools.search, "file": tools.file})
         self._pipes.shut("stdin")
         limit = (self._settings.file_mib << 20) + _TEXT
         told = self._reply(limit)
         if isinstance(told, Outcome):
-            return told
+            if told.ended in ("wall", "output"):
+                return told
+            raise SandboxFailure(f"no word of the compiler ({told.ended} {told.code})")
         code, seconds, size = (told.get(key) for key in ("code", "seconds", "size"))
         if not (isinstance(code, int) and isinstance(size, int) and isinstance(seconds, float)):
             return self._end("protocol", "no word of a compiler")
