@@ -217,10 +217,20 @@ class Box:
         return bytes(self._pipes.said["stderr"][-400:]).decode(errors="replace").strip()
 
     def _kill_family(self) -> None:
-        """End what a compiler started, where no pid namespace ends with its first process."""
-        if self._scratch:
+        """End what a compiler started, where no pid namespace ends with its first process.
+
+        The last one first: who started it waits for it and ends by itself, so that no zombie is
+        left to an init that reaps nothing.
+        """
+        if not self._scratch:
+            return
+        until = time.monotonic() + _GRACE
+        while (family := _descendants(self._process.pid)) and time.monotonic() < until:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.kill(family[-1], signal.SIGKILL)
+            time.sleep(0.005)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _tidy(self) -> None:
         if self._scratch:
@@ -367,3 +377,8 @@ def _children(pid: int) -> list[int]:
     with contextlib.suppress(OSError, ValueError):
         return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
+
+
+def _descendants(pid: int) -> list[int]:
+    """Children, and theirs; each behind its parent."""
+    return [found for child in _children(pid) for found in (child, *_descendants(child))]
