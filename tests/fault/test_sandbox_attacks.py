@@ -13,7 +13,7 @@ import pytest
 
 from gruppo.sandbox import Pool, Sandbox, choose
 from support.attacks import ATTACKS, HARMLESS
-from support.attacks_compiled import COMPILED, COMPILED_HARMLESS
+from support.attacks_compiled import COMPILED, COMPILED_HARMLESS, PROGRAM
 
 CHILD = Path(__file__).parents[1] / "support" / "attack_child.py"
 USER = 61_111
@@ -117,6 +117,8 @@ def test_no_compiled_attack_is_paid_or_harms(which: str, uid: int) -> None:
     for result in attacked([f"{kind}:cpp-{which}" for kind in KINDS], uid=uid).values():
         check_survived(result, number)
         values = result["values"]
+        refused = {name for name, v in values.items() if v == ["completion", "compile_error"]}
+        assert not refused & {attack.name for attack in PROGRAM}  # those did run
         if which == "quick":
             assert values["include passwd"] == ["completion", "compile_error"]
             assert values["incbin"] == ["completion", "compile_error"]

@@ -268,8 +268,8 @@ won = process_vm_readv(@PID@, &here, 1, &there, 1, 0) >= 0;
         "raise its limits",
         """
 rlimit more = {1ul << 40, 1ul << 40};
-for (int kind : {RLIMIT_CPU, RLIMIT_AS, RLIMIT_NPROC, RLIMIT_FSIZE})
-    won |= setrlimit((__rlimit_resource)kind, &more) == 0;
+const __rlimit_resource kinds[] = {RLIMIT_CPU, RLIMIT_AS, RLIMIT_NPROC, RLIMIT_FSIZE};
+for (__rlimit_resource kind : kinds) won |= setrlimit(kind, &more) == 0;
 """,
     ),
     won("type into a terminal", 'for (int f = 0; f < 8; f++) won |= ioctl(f, TIOCSTI, "x") == 0;'),
@@ -281,8 +281,8 @@ for (int kind : {RLIMIT_CPU, RLIMIT_AS, RLIMIT_NPROC, RLIMIT_FSIZE})
     ),
     Attack(
         name="huge unset memory",
-        source=f"{HEAD}static char a[1l << 31];\n"
-        + MAIN.replace("@BODY@", "won = a[n] == 0;").replace("@PAID@", "won"),
+        source=f"{HEAD}static volatile char a[1l << 30];\n"
+        + MAIN.replace("@BODY@", "a[n << 24] = 1; won = a[n << 24] == 1;").replace("@PAID@", "won"),
     ),
     raw("deep recursion", "volatile char a[7000000]; a[0] = 1; main();"),
     raw("endless stdout", 'for (;;) puts("xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx");'),
