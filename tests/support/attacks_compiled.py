@@ -142,7 +142,7 @@ COMPILER = (
     top("deep parentheses", f"int a = {'(' * 40_000}1{')' * 40_000};"),
     Attack(
         name="flood of messages",
-        source='#pragma message "x"\n' * 30_000 + _program("", "true"),
+        source='#pragma message "x"\n' * 4_000 + _program("", "true"),
         earns=True,
     ),
     top("a constructor of another's", 'asm(".section .init_array\\n.quad 0xdead\\n.text");'),

@@ -50,7 +50,7 @@ def compiled():
     [
         ("", "n * n", 1.0),
         ("", "9", 0.5),
-        ("return", "n * n", 0.0),
+        ("return 0;", "n * n", 0.0),
         ("", "n *", ("completion", "compile_error")),
         ("abort();", "n * n", ("completion", "compile_error")),  # undeclared
         ("__builtin_trap();", "n * n", ("completion", "crash")),
