@@ -347,7 +347,7 @@ def test_a_run_without_a_box_says_so_at_its_start_at_its_end_and_in_its_folder(
     assert f"reward {warning}" in started
     assert warning in ended
     meta = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert meta["sandbox"] == {"tests": warning.removeprefix("tests: ")}
+    assert meta["meta"]["sandbox"] == {"tests": warning.removeprefix("tests: ")}
 
 
 @pytest.mark.slow
