@@ -13,6 +13,7 @@ import pytest
 
 from gruppo.sandbox import Pool, Sandbox, choose
 from support.attacks import ATTACKS, HARMLESS
+from support.attacks_compiled import COMPILED, COMPILED_HARMLESS, PROGRAM
 
 CHILD = Path(__file__).parents[1] / "support" / "attack_child.py"
 USER = 61_111
@@ -101,6 +102,39 @@ def test_attacks_that_run_to_a_limit() -> None:
         check_survived(result, len(ATTACKS) - QUICK)
         assert result["values"]["endless loop"] == ["completion", "timeout"]
         assert result["values"]["signals ignored"] == ["completion", "timeout"]
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+QUICK_COMPILED = sum(not attack.slow for attack in COMPILED)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("which", ["quick", "slow"])
+@pytest.mark.parametrize("uid", [0, pytest.param(USER, marks=needs_root)])
+def test_no_compiled_attack_is_paid_or_harms(which: str, uid: int) -> None:
+    number = QUICK_COMPILED if which == "quick" else len(COMPILED) - QUICK_COMPILED
+    for result in attacked([f"{kind}:cpp-{which}" for kind in KINDS], uid=uid).values():
+        check_survived(result, number)
+        values = result["values"]
+        refused = {name for name, v in values.items() if v == ["completion", "compile_error"]}
+        assert not refused & {attack.name for attack in PROGRAM}  # those did run
+        if which == "quick":
+            assert values["include passwd"] == ["completion", "compile_error"]
+            assert values["incbin"] == ["completion", "compile_error"]
+            assert values["read a file"] == values["exec an open file"] == 0.0
+            assert values["fork bomb"] == 1.0  # it also solves the problem
+        else:
+            assert values["endless loop"] == ["completion", "timeout"]
+            assert values["template explosion"][0] == "completion"
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_without_a_box_harmless_compiled_attacks_succeed() -> None:
+    result = attacked(["unsafe-none:cpp-harmless"])["unsafe-none"]
+    assert result["values"] == dict.fromkeys(COMPILED_HARMLESS, 1.0)
+    assert result["changed"] == ["status"]
 
 
 @pytest.mark.slow

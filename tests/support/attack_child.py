@@ -1,8 +1,8 @@
 """Runs hostile programs through the code reward in a process of its own, and reports as JSON.
 
 ``python attack_child.py UID JOBS PYTHON FOLDER``: as user UID (0: as it is); a job is a kind of
-box, a colon and "quick", "slow" or "harmless" (joined by commas); PYTHON interprets the programs
-("": the default).
+box, a colon and "quick", "slow" or "harmless" (joined by commas), with "cpp-" before it for those
+in C++; PYTHON interprets the programs ("": the default).
 Limits are set around all of it, so that an escape would meet them.
 """
 
@@ -14,6 +14,7 @@ import resource
 import secrets
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ from gruppo.types import Completion, Problem, Score
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.attack import HONEST, Attack
 from support.attacks import ATTACKS, HARMLESS
+from support.attacks_compiled import COMPILED, COMPILED_HARMLESS
+from support.attacks_compiled import HONEST as HONEST_COMPILED
 
+SOURCE = "main.cpp"
 ANSWERS = {3: 10**12 + secrets.randbelow(10**12), 5: 10**12 + secrets.randbelow(10**12)}
 
 
@@ -45,15 +49,31 @@ def limit() -> None:
 
 
 def chosen(which: str) -> list[Attack]:
-    if which == "harmless":
-        return [attack for attack in ATTACKS if attack.name in HARMLESS]
-    return [attack for attack in ATTACKS if attack.slow == (which == "slow")]
+    compiled, _, rest = which.rpartition("-")
+    attacks, harmless = (COMPILED, COMPILED_HARMLESS) if compiled else (ATTACKS, HARMLESS)
+    if rest == "harmless":
+        return [attack for attack in attacks if attack.name in harmless]
+    return [attack for attack in attacks if attack.slow == (rest == "slow")]
+
+
+def written(reward: Code) -> tuple[str, str]:
+    """An honest program, and the right results, in the reward's language."""
+    if reward.language == "python":
+        return HONEST, repr(ANSWERS)
+    answers = "".join(f"if (n == {n}) return {value}LL; " for n, value in ANSWERS.items())
+    return HONEST_COMPILED, answers
+
+
+def tests(reward: Code) -> dict[str, Any]:
+    if reward.language == "python":
+        cases = [{"args": [n], "expected": answer} for n, answer in ANSWERS.items()]
+        return {"function": "solve", "cases": cases}
+    return {"stdin": [{"input": f"{n}\n", "output": f"{a}\n"} for n, a in ANSWERS.items()]}
 
 
 def score(reward: Code, sources: list[str]) -> list[Any]:
     """Scores, or (fault, kind) of a failure."""
-    cases = [{"args": [n], "expected": answer} for n, answer in ANSWERS.items()]
-    problem = Problem(id="x", prompt=(), info={"tests": {"function": "solve", "cases": cases}})
+    problem = Problem(id="x", prompt=(), info={"tests": tests(reward)})
     rows = [
         Completion(tokens=(), logp=(), mask=(), version=(), text=text, finish="stop")
         for text in sources
@@ -83,7 +103,8 @@ def running() -> list[str]:
         except OSError:
             continue
         ours = int(parent) in (1, os.getpid())
-        if ours and (BOOT[:60] in command or (state == "Z" and int(parent) != 1)):
+        ours_by_name = BOOT[:60] in command or command.startswith("main\0") or SOURCE in command
+        if ours and (ours_by_name or (state == "Z" and int(parent) != 1)):
             found.append(f"{folder.name} {state} {command[:80]}")
     return found
 
@@ -106,13 +127,16 @@ def host_state(folder: Path, token: str) -> dict[str, Any]:
 
 
 def attack_all(kind: str, which: str, python: str, folder: Path) -> dict[str, Any]:
-    token = secrets.token_hex(8)
+    token = f"t{secrets.token_hex(8)}"
     os.environ["GRUPPO_TEST_SECRET"] = token
     os.environ["HOME"] = str(folder)
     (folder / "canary").write_text(token)
     os.chmod(folder / "canary", 0o666)
     sandbox = Sandbox(kind=kind, cpu_s=1, wall_s=2.5, memory_mib=256, python=python)
-    reward = Code(sandbox=sandbox, extract="all")
+    tempfile.tempdir = str(folder)  # what is left there shows
+    language = "cpp" if which.startswith("cpp-") else "python"
+    reward = Code(sandbox=sandbox, extract="all", language=language)
+    honest, answers = written(reward)
     with socket.create_server(("127.0.0.1", 0)) as server:
         facts = {
             "@CANARY@": str(folder / "canary"),
@@ -120,7 +144,7 @@ def attack_all(kind: str, which: str, python: str, folder: Path) -> dict[str, An
             "@TOKEN@": token,
             "@PORT@": str(server.getsockname()[1]),
             "@PID@": str(os.getpid()),
-            "@ANSWERS@": repr(ANSWERS),
+            "@ANSWERS@": answers,
         }
 
         def filled(text: str) -> str:
@@ -130,7 +154,7 @@ def attack_all(kind: str, which: str, python: str, folder: Path) -> dict[str, An
 
         attacks = chosen(which)
         before = host_state(folder, token)
-        honest = filled(HONEST)
+        honest = filled(honest)
         score(reward, [honest])  # the box is chosen and tried
         began = time.monotonic()
         values = score(reward, [filled(attack.source) for attack in attacks])
@@ -156,7 +180,7 @@ def main() -> None:
     results = {}
     for job in jobs.split(","):
         kind, _, which = job.partition(":")
-        place = Path(folder, kind)
+        place = Path(folder, job.replace(":", "-"))
         place.mkdir(mode=0o777)
         place.chmod(0o777)
         results[kind] = attack_all(kind, which, python, place)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gruppo.cli import main
 from gruppo.data import tasks
 from gruppo.recipe import load
 from gruppo.recipe.build import open_rewards
@@ -178,6 +179,19 @@ def test_what_comes_of_a_call_is_the_programs_fault(reward: Code) -> None:
     assert graded(reward, again, *sources) == [1.0, 1.0, *lost]
 
 
+def test_an_error_that_ends_loops_is_no_way_through_test_code(reward: Code) -> None:
+    tests = {"asserts": ["assert all(map(even, [2, 4]))", "for x in map(even, [1]): assert not x"]}
+    values = graded(
+        reward,
+        tests,
+        "def even(n): return n % 2 == 0",
+        "def even(n): raise StopIteration",
+        "def even(n): raise StopAsyncIteration",
+    )
+    kinds = ["StopIteration", "StopAsyncIteration"]
+    assert values == [1.0, *(("completion", kind) for kind in kinds)]
+
+
 def test_one_rows_odd_failure_is_its_own() -> None:
     trial = Trial(source="", suite=read_suite(ADD), fast=False)
 
@@ -304,9 +318,8 @@ def test_code_tasks_answers_pass_their_own_tests(reward: Code) -> None:
     assert reward.score_batch(groups) == [[1.0]] * 12
 
 
-@pytest.mark.slow
-def test_the_recipe_trains_a_step(tiny_folder: Path, tmp_path: Path) -> None:
-    settings = [
+def few(tiny_folder: Path, kind: str) -> list[str]:
+    return [
         f"model.name={tiny_folder}",
         "data.train.0.size=100",
         "data.train.1.size=100",
@@ -317,8 +330,29 @@ def test_the_recipe_trains_a_step(tiny_folder: Path, tmp_path: Path) -> None:
         "rollout.group_size=2",
         "rollout.max_tokens=8",
         "train.steps=1",
-        "reward.parts.0.sandbox={kind = 'lite'}",
+        f"reward.parts.0.sandbox={{kind = '{kind}'}}",
     ]
+
+
+@pytest.mark.slow
+def test_a_run_without_a_box_says_so_at_its_start_at_its_end_and_in_its_folder(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*few(tiny_folder, "unsafe-none"), f"record.folder={tmp_path}", "record.name=run"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert main(["train", "code_tasks", *words]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    started, _, ended = shown.partition("step 1/1")
+    warning = "tests: programs run with NO SANDBOX, with all rights of this process"
+    assert f"reward {warning}" in started
+    assert warning in ended
+    meta = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert meta["meta"]["sandbox"] == {"tests": warning.removeprefix("tests: ")}
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_a_step(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = few(tiny_folder, "lite")
     told: list[str] = []
     with start(load("code_tasks", settings), tmp_path / "run", told.append) as session:
         outcome = train(session.run, session.state)

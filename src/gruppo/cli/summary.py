@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,9 +20,10 @@ _ENDINGS: Final = {
 }
 
 
-def summarise(outcome: Outcome, path: Path) -> str:
-    """The closing words of a finished run in ``path``."""
+def summarise(outcome: Outcome, path: Path, sandboxes: Mapping[str, str]) -> str:
+    """The closing words of a finished run in ``path``; ``sandboxes``: how programs were run."""
     lines = [f"{_ENDINGS[outcome.ended_by]}: {outcome.state.step} steps, kept in {path}"]
+    lines += [f"{name}: {text}" for name, text in sandboxes.items()]
     if outcome.before is not None and outcome.after is not None:
         lines += ["", *compare(outcome.before, outcome.after)]
         lines += show_changes(outcome.before.greedy, outcome.after.greedy)

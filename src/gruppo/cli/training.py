@@ -64,7 +64,7 @@ def _run(session: Session, reporter: Reporter) -> int:
     before = outcome.before or read_evaluation(session.database, 0, parts)
     after = outcome.after or read_evaluation(session.database, outcome.state.step, parts)
     outcome = replace(outcome, before=before, after=after)
-    reporter.say(summarise(outcome, session.directory.path))
+    reporter.say(summarise(outcome, session.directory.path, session.sandboxes))
     return 0
 
 

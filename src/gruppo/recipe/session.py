@@ -36,13 +36,17 @@ from gruppo.types import Callback, Listener
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """An open run: hand ``run`` and ``state`` (None: from the start) to ``gruppo.train.train``."""
+    """An open run: hand ``run`` and ``state`` (None: from the start) to ``gruppo.train.train``.
+
+    ``sandboxes`` says how programs that the model writes are run, by reward part or "environment".
+    """
 
     directory: RunDirectory
     database: Database
     parts: Parts
     run: Run
     state: TrainState | None
+    sandboxes: Mapping[str, str]
 
 
 def run_path(recipe: Recipe, name: str) -> Path:
@@ -90,7 +94,7 @@ def start(
         meta: dict[str, object] = {"computing": computing()}
         if asked:
             meta["asked"] = asked
-        if boxes := _sandboxes(parts):
+        if boxes := _sandboxes(parts, report):
             meta["sandbox"] = boxes
         existed = path.exists()
         directory = stack.enter_context(RunDirectory.create(path, dump(parts.recipe), meta=meta))
@@ -105,15 +109,28 @@ def start(
             raise
         run = _run(parts, directory, database, state=None, budget=budget)
         run = _told(run, callbacks, listeners, trackers)
-        yield Session(directory=directory, database=database, parts=parts, run=run, state=None)
+        yield Session(
+            directory=directory,
+            database=database,
+            parts=parts,
+            run=run,
+            state=None,
+            sandboxes=boxes,
+        )
 
 
-def _sandboxes(parts: Parts) -> dict[str, str]:
-    """How the programs of each code reward and of the environment are run, in words."""
+def _sandboxes(parts: Parts, report: Report) -> dict[str, str]:
+    """How the programs of each code reward and of the environment are run, in words.
+
+    Of the rewards it was reported when they were opened.
+    """
     rewards = {part.name: part.reward for part in parts.reward.parts}
     told = {name: code.open().text for name, code in rewards.items() if isinstance(code, Code)}
     use = parts.recipe.environment.use
-    return told | {"environment": choose(use.sandbox).text} if isinstance(use, Python) else told
+    if isinstance(use, Python):
+        told["environment"] = choose(use.sandbox).text
+        report(f"environment: {told['environment']}")
+    return told
 
 
 @contextmanager
@@ -144,12 +161,20 @@ def resume(
         parts = _resolve(stack, recipe, report)
         _check_space(parts, path)
         _tell_changes(directory, report)
+        boxes = _sandboxes(parts, report)
         database = stack.enter_context(_database(directory, recipe))
         state = _go_back(parts, directory, database, report)
         trackers = _trackers(stack, directory, recipe, redone_from=_redone_from(state))
         run = _run(parts, directory, database, state=state, budget=budget)
         run = _told(run, callbacks, listeners, trackers)
-        yield Session(directory=directory, database=database, parts=parts, run=run, state=state)
+        yield Session(
+            directory=directory,
+            database=database,
+            parts=parts,
+            run=run,
+            state=state,
+            sandboxes=boxes,
+        )
 
 
 def computing() -> dict[str, object]:

@@ -7,30 +7,59 @@ sandbox's matter (``gruppo.sandbox``); what the tests are, the data's (``code_te
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import ClassVar, Final, Literal
 
 from gruppo.reward.base import GroupRows, Value, refused, ungraded
-from gruppo.reward.code_run import Result, Trial, WrongTests, run
-from gruppo.reward.code_tests import Suite, read_suite
+from gruppo.reward.code_run import Result, Trial, WrongTests, build, run
+from gruppo.reward.code_tests import Streams, Suite, read_suite
 from gruppo.reward.extract import after_thinking
-from gruppo.sandbox import Choice, Sandbox, SandboxFailure, boxes, choose
+from gruppo.sandbox import (
+    CPP,
+    C,
+    Choice,
+    Sandbox,
+    SandboxFailure,
+    Toolchain,
+    boxes,
+    choose,
+    try_out,
+    workshop,
+)
 from gruppo.types import Completion, Problem
 
 _MAX_SOURCE: Final = 100_000  # characters; a program that is longer is no answer to a problem
-_TEMPLATES: Final = {"last_block": "```python\n{answer}\n```", "all": "{answer}"}
+_AHEAD: Final = 16  # programs that are compiled before they are run: they lie in memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Language:
+    """How its fenced blocks are marked (nothing: any mark will do), and its compiler, if any."""
+
+    fence: str
+    marks: frozenset[str] = frozenset()
+    chain: Toolchain | None = None
+
+
+_LANGUAGES: Final = {
+    "python": _Language(fence="python"),
+    "c": _Language(fence="c", marks=frozenset({"", "c"}), chain=C),
+    "cpp": _Language(fence="cpp", marks=frozenset({"", "cpp", "c++", "cc", "cxx"}), chain=CPP),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Code:
-    """The share of its tests that a completion's Python program passes.
+    """The share of its tests that a completion's program passes.
 
     The program is the last fenced block after ``</think>`` (``extract = "all"``: all of the text
-    there). The tests stand in the problem's column ``column``, in one of the forms of
-    ``code_tests``. ``score = "all"`` gives 1 only if every test passes, and stops at the first that
-    fails.
+    there); in the languages "c" and "cpp" the last that is marked as such, or not marked. Those are
+    compiled (``gcc`` or ``g++``, -O2, static) in one box and run in another, and have tests of
+    standard input only; what does not compile scores the minimum. The tests stand in the problem's
+    column ``column``, in one of the forms of ``code_tests``. ``score = "all"`` gives 1 only if
+    every test passes, and stops at the first that fails.
 
     ``sandbox`` says how programs are run: see ``gruppo.sandbox.Sandbox``. Standard input cases get
     a fresh box each; function cases and assertions one for the program (and one for the test code).
@@ -46,6 +75,7 @@ class Code:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     kind: Literal["code"] = "code"
+    language: Literal["python", "c", "cpp"] = "python"
     column: str = "tests"
     extract: Literal["last_block", "all"] = "last_block"
     score: Literal["fraction", "all"] = "fraction"
@@ -57,16 +87,20 @@ class Code:
             raise ValueError(f"code.workers = {self.workers}: must be from 1 to 256")
 
     def open(self) -> Choice:
-        """Choose the box and try it.
+        """Choose the box and try it, and the compiler if there is one.
 
         Raises:
             NoSandbox: none holds here; the text says how to get one.
         """
-        return choose(self.sandbox)
+        chosen, chain = choose(self.sandbox), self._language.chain
+        if chain is None:
+            return chosen
+        return replace(chosen, text=f"{chosen.text}; {try_out(self.sandbox, chain)}")
 
     def template(self) -> str:
         """A completion with ``{answer}`` where the program is read."""
-        return _TEMPLATES[self.extract]
+        fence = self._language.fence
+        return "{answer}" if self.extract == "all" else f"```{fence}\n{{answer}}\n```"
 
     def __call__(self, problem: Problem, completions: Sequence[Completion]) -> list[Value]:
         """Grade one group."""
@@ -81,7 +115,7 @@ class Code:
         for trial in trials:
             if slots.setdefault(_identity(trial), len(distinct)) == len(distinct):
                 distinct.append(trial)
-        results = boxes(self.sandbox, self.workers).map(run, distinct) if distinct else []
+        results = self._results(distinct) if distinct else []
         return [
             [
                 self._value(results[slots[_identity(entry)]]) if isinstance(entry, Trial) else entry
@@ -93,6 +127,26 @@ class Code:
     def close(self) -> None:
         """End the boxes."""
         boxes(self.sandbox, self.workers).close()
+        if (chain := self._language.chain) is not None:
+            workshop(self.sandbox, self.workers, chain).close()
+
+    @property
+    def _language(self) -> _Language:
+        return _LANGUAGES[self.language]
+
+    def _results(self, trials: list[Trial]) -> list[Result | WrongTests | SandboxFailure]:
+        """Run them; what has to be compiled is, a few at a time."""
+        chain, pool = self._language.chain, boxes(self.sandbox, self.workers)
+        if chain is None:
+            return pool.map(run, trials)
+        makers = workshop(self.sandbox, self.workers, chain)
+        results: list[Result | WrongTests | SandboxFailure] = []
+        for start in range(0, len(trials), step := max(_AHEAD, self.workers)):
+            some = trials[start : start + step]
+            built = makers.map(lambda fresh, trial: build(fresh, trial, chain), some)
+            ran = iter(pool.map(run, [made for made in built if isinstance(made, Trial)]))
+            results += [next(ran) if isinstance(made, Trial) else made for made in built]
+        return results
 
     def _prepare(self, problem: Problem, completions: Sequence[Completion]) -> list[Value | Trial]:
         """Take the programs out of the completions; what has none is decided here."""
@@ -105,11 +159,17 @@ class Code:
         except (ValueError, SyntaxError, TypeError, RecursionError) as error:
             text = f"problem {problem.id!r}, column {self.column!r}: {error}"
             return [ungraded("gold_unreadable", text)] * len(completions)
+        if self._language.chain is not None and not isinstance(suite, Streams):
+            text = (
+                f"problem {problem.id!r}, column {self.column!r}: {self.language} programs have "
+                'tests of the form {"stdin": [...]} alone; functions can be called in Python only'
+            )
+            return [ungraded("tests_wrong", text)] * len(completions)
         return [self._trial(completion.text, suite) for completion in completions]
 
     def _trial(self, text: str, suite: Suite) -> Value | Trial:
         answer = after_thinking(text)
-        source = answer if self.extract == "all" else last_block(answer)
+        source = answer if self.extract == "all" else last_block(answer, self._language.marks)
         if source is None or not source.strip():
             return refused("no_program", "no fenced block with a program")
         if len(source) > _MAX_SOURCE:
@@ -128,20 +188,26 @@ class Code:
         return value
 
 
-def last_block(text: str) -> str | None:
-    r"""The content of the last closed fenced block; None without one.
+def last_block(text: str, marks: Set[str] = frozenset()) -> str | None:
+    r"""The content of the last closed fenced block with one of ``marks``; None without one.
+
+    No marks: any block.
 
     >>> last_block("a\n```python\nx = 1\n```\nb"), last_block("```\nnever closed")
     ('x = 1\n', None)
+    >>> last_block("```cpp\nint x;\n```\nprints\n```text\n3\n```", {"cpp"})
+    'int x;\n'
     """
-    found, start = None, None
+    found, start, mark = None, None, ""
     lines = text.splitlines(keepends=True)
     for number, line in enumerate(lines):
         bare = line.strip()
         if start is None and bare.startswith("```") and "`" not in bare[3:]:
-            start = number + 1
+            start, mark = number + 1, bare[3:].strip().lower()
         elif start is not None and bare == "```":
-            found, start = "".join(lines[start:number]), None
+            if not marks or mark in marks:
+                found = "".join(lines[start:number])
+            start = None
     return found
 
 

@@ -7,19 +7,22 @@ program. Test code of the data runs in a box of its own and calls the program in
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any, Final
 
 from gruppo.reward.code_tests import Asserts, Calls, Streams, Suite
 from gruppo.sandbox import (
+    Binary,
     Call,
     FreshBox,
     NoSandbox,
     Outcome,
     Returned,
     SandboxFailure,
+    Toolchain,
     Unsendable,
+    compile_program,
     same,
 )
 from gruppo.sandbox.wire import check
@@ -33,11 +36,15 @@ class WrongTests(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A program to be run against its tests; ``fast`` stops at the first that fails."""
+    """A program to be run against its tests; ``fast`` stops at the first that fails.
+
+    ``binary`` is the program compiled, where its language is.
+    """
 
     source: str
     suite: Suite
     fast: bool
+    binary: Binary | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +55,23 @@ class Result:
     total: int
     kind: str = ""
     text: str = ""
+
+
+def build(fresh: FreshBox, trial: Trial, chain: Toolchain) -> Trial | Result:
+    """Compile a program in a fresh box: the trial with it, or why no test can pass.
+
+    What the compiler says is not told: it is the program's text in other words.
+
+    Raises:
+        SandboxFailure, NoSandbox: no fault of the program.
+    """
+    made = compile_program(fresh, chain, trial.source)
+    if isinstance(made, Binary):
+        return replace(trial, binary=made)
+    kind = "compile_timeout" if made.ended in ("cpu", "wall") else "compile_error"
+    total = len(trial.suite.cases) if isinstance(trial.suite, Streams) else 1
+    text = f"{chain.program}: {made.text or made.ended}"
+    return Result(passed=0, total=total, kind=kind, text=text)
 
 
 def run(fresh: FreshBox, trial: Trial) -> Result | WrongTests:
@@ -79,7 +103,11 @@ def _(suite: Streams, fresh: FreshBox, trial: Trial) -> Result:
     def one(case: tuple[str, str]) -> _Verdict:
         given, expected = case
         box = fresh()
-        outcome = box.script(trial.source, given.encode(errors="surrogatepass"))
+        stdin = given.encode(errors="surrogatepass")
+        if trial.binary is None:
+            outcome = box.script(trial.source, stdin)
+        else:
+            outcome = box.native(trial.binary, stdin)
         box.close()
         if outcome.ended != "exit" or outcome.code != 0:
             text = outcome.text or _last_line(outcome.stderr)

@@ -94,16 +94,33 @@ class Sandbox:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tools:
+    """A compiler as it is found here: its command, and what of the file system it needs.
+
+    ``argv`` is run in the box's folder, where it reads ``file`` and writes ``program``; ``search``
+    is its ``PATH``.
+    """
+
+    argv: tuple[str, ...]
+    search: str
+    paths: tuple[str, ...]
+    file: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
     """How to start the process of a box.
 
     ``descriptors`` are handed to it and closed here afterwards; ``config`` is what the driver
-    inside is told first.
+    inside is told first; ``folder`` is where it may write, as seen inside ("": nowhere), and
+    ``scratch`` says that this is a folder of the host, to be removed at the end.
     """
 
     argv: tuple[str, ...]
     config: Mapping[str, object]
     descriptors: tuple[int, ...] = ()
+    folder: str = ""
+    scratch: bool = False
 
 
 @runtime_checkable
@@ -128,6 +145,10 @@ class Backend(Protocol):
         """
         ...
 
+    def compiling(self, tools: Tools) -> Backend:
+        """The same for boxes that compile: the compiler can be run there, and may write files."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -142,6 +163,13 @@ class Outcome:
     stdout: bytes = b""
     stderr: bytes = b""
     text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binary:
+    """A program that a compiler made: bytes that nobody here reads."""
+
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,12 +204,12 @@ def config_of(
         settings: the limits.
         uid: the user to become, None to stay.
         threads: processes and threads that this user may have, None for no limit of this kind.
-        more: replaces the defaults: no Landlock, nothing to write, ``sys.path`` as it is.
+        more: replaces the defaults: no Landlock, nothing to write, no file to be executed,
+            ``sys.path`` as it is.
     """
     mib = 1 << 20
     limits = {
         "memory": settings.memory_mib * mib,
-        "file": settings.file_mib * mib,
         "open": 64,
         "core": 0,
         "locked": 0,
@@ -197,6 +225,7 @@ def config_of(
         "readable": [],
         "listed": [],
         "writable": [],
+        "runs": False,
         "parent": None,
         "path": None,
     }

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import time
@@ -21,7 +22,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from gruppo.sandbox import filter as seccomp
-from gruppo.sandbox.base import Backend, Call, Outcome, Returned, Sandbox, SandboxFailure
+from gruppo.sandbox.base import (
+    Backend,
+    Binary,
+    Call,
+    Outcome,
+    Returned,
+    Sandbox,
+    SandboxFailure,
+    Tools,
+)
 from gruppo.sandbox.bundle import BOOT, payload
 from gruppo.sandbox.pipes import Pipes
 from gruppo.sandbox.wire import Unsendable, check
@@ -30,6 +40,7 @@ _START_SECONDS: Final = 60.0
 _GRACE: Final = 1.0  # for a process whose pipes are closed to be gone
 _HANDSHAKE: Final = 1 << 16  # bytes
 _NAME: Final = 80
+_TEXT: Final = 1 << 16  # bytes of a compiler's messages, and of the line before a program
 _BUILTIN_ERRORS: Final = frozenset(
     name
     for name, value in vars(builtins).items()
@@ -38,7 +49,11 @@ _BUILTIN_ERRORS: Final = frozenset(
 
 
 class Box:
-    """A started box. ``wait_ready`` first, then one of ``script``, ``load`` or ``begin_tests``."""
+    """A started box. ``wait_ready`` first, then one job.
+
+    Jobs are ``script``, ``load``, ``begin_tests``, ``native``, and ``compile`` in a box whose
+    backend has a compiler.
+    """
 
     def __init__(self, backend: Backend, settings: Sandbox, uid: int) -> None:
         """Start the process; the calling thread must outlive it (it dies with that thread).
@@ -52,6 +67,7 @@ class Box:
         self._began = time.monotonic()
         self._deadline = self._began + _START_SECONDS
         self._status: int | None = None
+        self._folder, self._scratch = "", False
         self._pipes = Pipes()
         self._start(backend, uid)
 
@@ -64,6 +80,7 @@ class Box:
             command = (python, "-I", "-S", "-B", "-c", BOOT, *numbers)
             plan = backend.launch(self._settings, command, uid)
             descriptors = plan.descriptors
+            self._folder, self._scratch = plan.folder, plan.scratch
             self._process = subprocess.Popen(
                 plan.argv,
                 stdin=inner["stdin"],
@@ -76,6 +93,7 @@ class Box:
             )
         except (OSError, ValueError) as error:
             self._pipes.close()
+            self._tidy()
             if isinstance(error, ValueError):  # what was asked for cannot be had
                 raise
             raise SandboxFailure(f"{backend.kind}: {error}") from error
@@ -113,6 +131,40 @@ class Box:
         self._pipes.write("stdin", stdin)
         return self._until(lambda: False)
 
+    def native(self, program: Binary, stdin: bytes) -> Outcome:
+        """Become a compiled program, to its end."""
+        # behind the first 4 GiB, below what any machine's addresses hold
+        place = (1 << 32) + secrets.randbelow(1 << 45) & ~15
+        order = {"mode": "native", "size": len(program.data), "place": place}
+        self._begin(order, program.data)
+        self._pipes.write("stdin", stdin)
+        return self._until(lambda: False)
+
+    def compile(self, tools: Tools, source: str) -> Binary | Outcome:
+        """Compile a program; where that fails, how.
+
+        Raises:
+            SandboxFailure: the box ended without a word of its compiler (a full disk, say).
+        """
+        order = {"mode": "compile", "source": source, "folder": self._folder}
+        self._begin(order | {"argv": tools.argv, "search": tools.search, "file": tools.file})
+        self._pipes.shut("stdin")
+        limit = (self._settings.file_mib << 20) + _TEXT
+        told = self._reply(limit)
+        if isinstance(told, Outcome):
+            if told.ended in ("wall", "output"):
+                return told
+            raise SandboxFailure(f"no word of the compiler ({told.ended} {told.code})")
+        code, seconds, size = (told.get(key) for key in ("code", "seconds", "size"))
+        if not (isinstance(code, int) and isinstance(size, int) and isinstance(seconds, float)):
+            return self._end("protocol", "no word of a compiler")
+        if code != 0:  # the compiler tells of a part of it that was killed as of any other error
+            long = seconds >= self._settings.cpu_s - 0.2
+            return self._end("cpu" if long else "exit", f"status {code}")
+        data = self._pipes.said["replies"]
+        ended = self._until(lambda: len(data) >= size, limit)
+        return Binary(data=bytes(data[:size])) if 0 < size <= len(data) else ended
+
     def load(self, source: str) -> Outcome | Returned:
         """Load a program whose functions will be called."""
         ident = self._begin({"mode": "serve", "source": source})
@@ -147,6 +199,7 @@ class Box:
         """End the program at once; from any thread. ``close`` is still due."""
         if self._process.poll() is not None:
             return  # its number may be another process's by now
+        self._kill_family()
         for pid in _children(self._process.pid) or [self._process.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -155,6 +208,7 @@ class Box:
         """End the process and everything in the box, close the pipes, and drop what it said."""
         self._reap(0.0)
         self._pipes.close()
+        self._tidy()
         if self._ended is not None:  # whoever asked has it
             self._ended = replace(self._ended, stdout=b"", stderr=b"")
 
@@ -162,18 +216,35 @@ class Box:
         """The end of what the box wrote as errors."""
         return bytes(self._pipes.said["stderr"][-400:]).decode(errors="replace").strip()
 
-    def _begin(self, job: dict[str, Any]) -> str:
+    def _kill_family(self) -> None:
+        """End what a compiler started, where no pid namespace ends with its first process.
+
+        The last one first: who started it waits for it and ends by itself, so that no zombie is
+        left to an init that reaps nothing.
+        """
+        if not self._scratch:
+            return
+        until = time.monotonic() + _GRACE
+        while (family := _descendants(self._process.pid)) and time.monotonic() < until:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(family[-1], signal.SIGKILL)
+            time.sleep(0.005)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _tidy(self) -> None:
+        if self._scratch:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _begin(self, job: dict[str, Any], data: bytes = b"") -> str:
         """Send the job; once the box says "sealed", whatever happens is the program's doing."""
         ident = secrets.token_hex(16)
         settings = self._settings
-        program = b""
-        if self._sealed:
-            program = seccomp.strict(
-                pid=self._number, threads=settings.processes > 1, files=settings.tmp_mib > 0
-            )
-        order = {**job, "id": ident, "filter": program.hex(), "cpu_s": settings.cpu_s}
+        program = self._filter(job) if self._sealed else b""
+        limits = {"cpu_s": settings.cpu_s, "file_limit": settings.file_mib << 20}
+        order = {**job, **limits, "id": ident, "filter": program.hex()}
         self._deadline = time.monotonic() + settings.wall
-        self._pipes.write("commands", _line(order))
+        self._pipes.write("commands", _line(order) + data)
         reply = self._reply(_HANDSHAKE)
         if isinstance(reply, dict) and reply.get("sealed") is True:
             self._began = time.monotonic()
@@ -181,6 +252,17 @@ class Box:
         said = self._complaint()
         self.close()
         raise SandboxFailure(f"the box did not seal itself: {said}")
+
+    def _filter(self, job: dict[str, Any]) -> bytes:
+        if job["mode"] == "compile":
+            return seccomp.build()
+        settings = self._settings
+        return seccomp.strict(
+            pid=self._number,
+            threads=settings.processes > 1,
+            files=settings.tmp_mib > 0,
+            argv=job.get("place", 0),
+        )
 
     def _returned(self, ident: str) -> Outcome | Returned:
         """The reply to the request ``ident``; any other line ends the box."""
@@ -253,6 +335,7 @@ class Box:
         if self._status is None:
             self._status = self._wait(patience)
             if self._status is None:  # inner processes first: their parent then waits for them
+                self._kill_family()
                 for pid in (*_children(self._process.pid), self._process.pid):
                     if self._status is not None:
                         break  # the number may be another process's by now
@@ -294,3 +377,8 @@ def _children(pid: int) -> list[int]:
     with contextlib.suppress(OSError, ValueError):
         return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
+
+
+def _descendants(pid: int) -> list[int]:
+    """Children, and theirs; each behind its parent."""
+    return [found for child in _children(pid) for found in (child, *_descendants(child))]

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from gruppo.sandbox import filter as seccomp
-from gruppo.sandbox.base import Launch, NoSandbox, Sandbox, config_of
+from gruppo.sandbox.base import Launch, NoSandbox, Sandbox, Tools, config_of
 from gruppo.sandbox.python import Library, library
 
 _NAMESPACES: Final = ("ipc", "pid", "net", "uts", "cgroup")
@@ -28,14 +28,26 @@ class Bubblewrap:
 
     kind: str = "bubblewrap"
     sealed: bool = True
+    tools: Tools | None = None
 
     def launch(self, settings: Sandbox, command: tuple[str, ...], uid: int) -> Launch:
         """Wrap the interpreter."""
-        return wrapped(settings, command, uid, library(settings.interpreter))
+        paths = self.tools.paths if self.tools else ()
+        return wrapped(settings, command, uid, library(settings.interpreter), paths)
+
+    def compiling(self, tools: Tools) -> Bubblewrap:
+        """With the compiler's files beside the interpreter's."""
+        return replace(self, tools=tools)
 
 
-def wrapped(settings: Sandbox, command: tuple[str, ...], uid: int, found: Library) -> Launch:
-    """``command`` in namespaces, with the interpreter's library as its only files."""
+def wrapped(
+    settings: Sandbox,
+    command: tuple[str, ...],
+    uid: int,
+    found: Library,
+    more: tuple[str, ...] = (),
+) -> Launch:
+    """``command`` in namespaces; its only files are the interpreter's library, and ``more``."""
     program = shutil.which("bwrap")
     if program is None:
         raise NoSandbox(f"sandbox: bubblewrap is not installed: {INSTALL}")
@@ -48,7 +60,7 @@ def wrapped(settings: Sandbox, command: tuple[str, ...], uid: int, found: Librar
     argv = [
         program,
         *_isolation(root),
-        *_files(found),
+        *_files(found, more),
         *_private_tmp(settings),
         "--remount-ro",
         "/",
@@ -60,7 +72,8 @@ def wrapped(settings: Sandbox, command: tuple[str, ...], uid: int, found: Librar
         found.python,
         *command[1:],
     ]
-    return Launch(argv=tuple(argv), config=config, descriptors=(descriptor,))
+    folder = writable[0] if writable else ""
+    return Launch(argv=tuple(argv), config=config, descriptors=(descriptor,), folder=folder)
 
 
 def _isolation(root: bool) -> list[str]:
@@ -75,9 +88,9 @@ def _isolation(root: bool) -> list[str]:
     return [*flags, "--cap-drop", "ALL", *caps]
 
 
-def _files(found: Library) -> list[str]:
+def _files(found: Library, more: tuple[str, ...]) -> list[str]:
     """The standard library and shared libraries, read-only; installed packages are covered."""
-    paths = (*found.system, *found.own)
+    paths = (*found.system, *found.own, *found.beyond(more))
     argv: list[str] = []
     # by default parents are made for their owner alone, and the driver changes its user
     for parent in sorted({str(p) for path in paths for p in Path(path).parents if str(p) != "/"}):

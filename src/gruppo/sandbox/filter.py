@@ -39,6 +39,10 @@ _IOCTLS: Final = (0x5401, 0x541B, 0x5421, 0x5451, 0x5450, 0x5413)
 _FCNTLS: Final = (0, 1, 2, 3, 4, 1030, 1032)
 # The flags with which glibc and musl start a thread; every other clone makes a process.
 _THREAD_FLAGS: Final = (0x003D0F00, 0x007D0F00)
+# The flags of fork and of posix_spawn in glibc and musl: no namespace is among them.
+_PROCESS_FLAGS: Final = (0x01200011, 0x4111, 0x11)
+_SET_FS: Final = 0x1002  # ARCH_SET_FS: where a new program keeps what belongs to a thread
+_EMPTY_PATH: Final = 0x1000  # AT_EMPTY_PATH: execute an open file
 
 Instruction = tuple[int, int, int, int]
 
@@ -57,13 +61,16 @@ def machine() -> str:
     return name
 
 
-def strict(*, pid: int, threads: bool, files: bool) -> bytes:
+def strict(*, pid: int, threads: bool, files: bool, argv: int = 0) -> bytes:
     """The filter under which candidate code runs: compute, read, and write to what is open.
 
     Args:
         pid: process id that it may signal (with ``tgkill``, as ``abort`` does): its own.
         threads: whether it may start threads. It can never start a process.
         files: whether it may change files (where it can open any for writing: its own ``/tmp``).
+        argv: 0, or the one address of an argument list with which a file may be executed: the
+            driver's, drawn at random, to become the candidate's program. That has an address space
+            of its own and cannot know where the list stood, so that it cannot execute anything.
     """
     plain = [*syscalls.COMPUTE, *(syscalls.FILES if files else ())]
     checked: dict[str, tuple[int, Sequence[int]]] = {
@@ -76,7 +83,25 @@ def strict(*, pid: int, threads: bool, files: bool) -> bytes:
         checked["clone"] = (0, _THREAD_FLAGS)
     else:
         refused["clone"] = _EAGAIN
-    return _program(plain, checked, refused)
+    if argv:
+        checked["arch_prctl"] = (0, (_SET_FS,))
+    return _program(plain, checked, refused, argv)
+
+
+def build() -> bytes:
+    """The filter under which a compiler runs: it may write files and start its tools.
+
+    No signals, no modes of files, no limits of others: a compiler that a program has taken over
+    must not reach the user's other processes and files.
+    """
+    checked: dict[str, tuple[int, Sequence[int]]] = {
+        "ioctl": (1, _IOCTLS),
+        "fcntl": (1, _FCNTLS),
+        "arch_prctl": (0, (_SET_FS,)),
+        "clone": (0, _PROCESS_FLAGS),
+    }
+    plain = (*syscalls.COMPUTE, *syscalls.FILES, *syscalls.BUILD)
+    return _program(plain, checked, {"clone3": _ENOSYS, "openat2": _ENOSYS})
 
 
 def launch() -> bytes:
@@ -92,6 +117,7 @@ def _program(
     plain: Sequence[str],
     checked: dict[str, tuple[int, Sequence[int]]],
     refused: dict[str, int],
+    argv: int = 0,
 ) -> bytes:
     """Assemble: check the machine, then each call in turn, then refuse."""
     arch, column = _MACHINES[machine()]
@@ -107,6 +133,8 @@ def _program(
         code += _on(name, column, [(_RETURN, 0, 0, _ALLOW)])
     for name, (argument, values) in checked.items():
         code += _on(name, column, _one_of(argument, values))
+    if argv:
+        code += _on("execveat", column, _exactly({2: argv, 4: _EMPTY_PATH}))
     for name, errno in refused.items():
         code += _on(name, column, [(_RETURN, 0, 0, _ERRNO | errno)])
     code.append((_RETURN, 0, 0, _ERRNO | _EPERM))
@@ -117,6 +145,20 @@ def _on(name: str, column: int, then: list[Instruction]) -> list[Instruction]:
     """``then`` for one call; nothing where this machine has no such call."""
     number = syscalls.NUMBERS[name][column]
     return [] if number is None else [(_EQUAL, 0, len(then), number), *then]
+
+
+def _exactly(arguments: dict[int, int]) -> list[Instruction]:
+    """Allow if every argument named has its value, in both halves."""
+    checks = [
+        check
+        for argument, value in arguments.items()
+        for check in ((8 * argument, value & 0xFFFFFFFF), (8 * argument + 4, value >> 32))
+    ]
+    code: list[Instruction] = []
+    for number, (offset, half) in enumerate(checks):
+        left = 2 * (len(checks) - 1 - number) + 1  # to the refusal behind the permission
+        code += [(_LOAD, 0, 0, _ARGS + offset), (_EQUAL, 0, left, half)]
+    return [*code, (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERRNO | _EPERM)]
 
 
 def _one_of(argument: int, values: Iterable[int]) -> list[Instruction]:

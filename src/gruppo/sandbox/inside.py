@@ -1,13 +1,15 @@
 """Inside a box: the driver that takes one job and runs it. It knows no expected answer.
 
 First the host's configuration is applied (``lockdown``), then the box reports that it is ready and
-waits; one job comes, the last rights go, and candidate code runs. Three kinds of jobs:
+waits; one job comes, the last rights go, and candidate code runs. Five kinds of jobs:
 
 - ``script``: the program runs as ``__main__`` with the pipes as its standard streams;
 - ``serve``: the program is loaded, then its functions are called one by one; every call carries a
   random id that its reply must carry too, and replies are plain data;
 - ``tests``: trusted test code runs here, and the candidate's functions are stand-ins that ask
-  the host to call them in another box.
+  the host to call them in another box;
+- ``compile``: a compiler makes a file of the program, whose bytes are sent out;
+- ``native``: such bytes come in, and this process becomes that program.
 
 Nothing here is a verdict, and nothing that the candidate can reach here is worth reaching. This
 file is loaded inside the box and imports the standard library alone.
@@ -17,10 +19,12 @@ from __future__ import annotations
 
 import ast
 import builtins
+import ctypes
 import json
 import os
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, Final
 
@@ -48,16 +52,31 @@ class Channel:
         line, _, self._pending = self._pending.partition(b"\n")
         return json.loads(line)
 
-    def send(self, message: dict[str, Any]) -> None:
-        """Send one reply, whole."""
-        view = memoryview(json.dumps(message).encode() + b"\n")
+    def take(self, size: int) -> Iterator[bytes]:
+        """The next ``size`` bytes, in pieces."""
+        while size:
+            piece = self._pending[:size] or os.read(self._commands, min(size, 1 << 20))
+            if not piece:
+                os._exit(1)
+            self._pending = self._pending[len(piece) :]
+            size -= len(piece)
+            yield piece
+
+    def send(self, message: dict[str, Any], data: bytes = b"") -> None:
+        """Send one reply, whole, and ``data`` after it."""
+        view = memoryview(json.dumps(message).encode() + b"\n" + data)
         while view:
             view = view[os.write(self._replies, view) :]
 
     def close(self) -> None:
         """A script has standard streams alone."""
-        os.close(self._commands)
-        os.close(self._replies)
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """Of commands and of replies."""
+        return self._commands, self._replies
 
 
 def main(commands: int, replies: int, pending: bytes) -> None:
@@ -75,8 +94,11 @@ def main(commands: int, replies: int, pending: bytes) -> None:
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
     channel.send({"ready": os.getpid()})
     job = channel.receive()
-    lockdown.seal(bytes.fromhex(job["filter"]), job["cpu_s"])
+    become = _prepared(channel, job) if job["mode"] == "native" else None
+    lockdown.seal(bytes.fromhex(job["filter"]), job["cpu_s"], job["file_limit"])
     channel.send({"sealed": True})
+    if become is not None:
+        become()
     _MODES[job["mode"]](channel, job)
 
 
@@ -188,11 +210,15 @@ def _stand_in(channel: Channel, name: str) -> Callable[..., object]:
             return decode(reply["value"])
         kind = getattr(builtins, reply["error"]["kind"], None)
         text = f"{reply['error']['type']}: {reply['error']['text']}"
-        if isinstance(kind, type) and issubclass(kind, Exception):
+        if isinstance(kind, type) and issubclass(kind, Exception) and kind not in _ENDINGS:
             raise _made(kind, text)
         raise RuntimeError(text)
 
     return call
+
+
+# In test code that maps or loops they would be no error, but an early and silent end.
+_ENDINGS: Final = (StopIteration, StopAsyncIteration)
 
 
 def _made(kind: type[Exception], text: str) -> Exception:
@@ -203,4 +229,65 @@ def _made(kind: type[Exception], text: str) -> Exception:
         return RuntimeError(text)
 
 
-_MODES: Final = {"script": _script, "serve": _serve, "tests": _tests}
+def _compile(channel: Channel, job: dict[str, Any]) -> None:
+    """Run the compiler in the box's folder; its messages go to the error stream."""
+    os.chdir(job["folder"])
+    with open(job["file"], "wb") as file:
+        file.write(job["source"].encode(errors="surrogatepass"))
+    closed = [(os.POSIX_SPAWN_CLOSE, descriptor) for descriptor in channel.descriptors]
+    environment = {"PATH": job["search"], "TMPDIR": job["folder"], "LC_ALL": "C"}
+    actions = [*closed, (os.POSIX_SPAWN_DUP2, 2, 1)]
+    pid = os.posix_spawn(job["argv"][0], job["argv"], environment, file_actions=actions)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    told = {"code": code, "seconds": used.ru_utime + used.ru_stime}
+    if code != 0:
+        channel.send({**told, "size": 0})
+        return
+    with open("program", "rb") as file:
+        data = file.read()
+    channel.send({**told, "size": len(data)}, data)
+
+
+def _prepared(channel: Channel, job: dict[str, Any]) -> Callable[[], None]:
+    """Take in a program, and return what makes this process that program.
+
+    Its argument list is put where the host says: the filter allows no other to be used.
+    """
+    program = _executable_memory()
+    for piece in channel.take(job["size"]):
+        view = memoryview(piece)
+        while view:
+            view = view[os.write(program, view) :]
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    page, flags = job["place"] & ~4095, 0x100022  # MAP_FIXED_NOREPLACE, ANONYMOUS, PRIVATE
+    if libc.mmap(ctypes.c_void_p(page), ctypes.c_size_t(4096), 3, flags, -1, 0) != page:
+        raise OSError(ctypes.get_errno(), "no memory at the address drawn")
+    name = ctypes.create_string_buffer(b"main")
+    arguments = (ctypes.c_char_p * 2).from_address(job["place"])
+    arguments[0] = ctypes.cast(name, ctypes.c_char_p)
+    nothing = (ctypes.c_char_p * 1)(None)
+    number, file, flag = map(ctypes.c_long, (_EXECVEAT[os.uname().machine], program, _EMPTY_PATH))
+
+    def become() -> None:
+        channel.close()
+        libc.syscall(number, file, ctypes.c_char_p(b""), arguments, nothing, flag)
+        os.write(2, f"not executed: {os.strerror(ctypes.get_errno())}".encode())
+        os._exit(126)
+
+    return become
+
+
+def _executable_memory() -> int:
+    """A file in memory; newer kernels want to be told that it is to be executed."""
+    try:
+        return os.memfd_create("program", os.MFD_CLOEXEC | _MFD_EXEC)
+    except OSError:
+        return os.memfd_create("program", os.MFD_CLOEXEC)
+
+
+_MFD_EXEC: Final = 0x10
+_EXECVEAT: Final = {"x86_64": 322, "aarch64": 281}
+_EMPTY_PATH: Final = 0x1000  # AT_EMPTY_PATH: the file is the open one
+_MODES: Final = {"script": _script, "serve": _serve, "tests": _tests, "compile": _compile}

@@ -20,6 +20,7 @@ _SIGKILL: Final = 9
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _ABI_VERSION: Final = 1  # flag of landlock_create_ruleset
 _PATH_BENEATH: Final = 1
+_EXECUTE: Final = 1
 _LIST: Final = 1 << 3  # READ_DIR
 _READ: Final = (1 << 2) | _LIST  # with READ_FILE
 # How many file rights each version of the interface knows: 13, with refer, truncate, ioctl.
@@ -51,9 +52,13 @@ def drop(config: dict[str, Any]) -> None:
         os.close(ruleset)
 
 
-def seal(program: bytes, cpu_s: int) -> None:
-    """Start counting processor time, and allow the system calls of ``program`` only, for good."""
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))  # SIGKILL: no handler, no way round it
+def seal(program: bytes, cpu_s: int, file: int) -> None:
+    """Start counting processor time, and allow the system calls of ``program`` only, for good.
+
+    ``file`` bounds files from here on, in bytes: until now the driver may have made one.
+    """
+    # a hard limit of processor time is a SIGKILL: no handler, no way round it
+    _limit({"file": file, "cpu": cpu_s})
     if not program:
         return
     code = ctypes.create_string_buffer(program, len(program))
@@ -73,6 +78,7 @@ def _limit(limits: dict[str, int]) -> None:
 _LIMITS: Final = {
     "memory": resource.RLIMIT_AS,
     "file": resource.RLIMIT_FSIZE,
+    "cpu": resource.RLIMIT_CPU,
     "processes": resource.RLIMIT_NPROC,
     "open": resource.RLIMIT_NOFILE,
     "core": resource.RLIMIT_CORE,
@@ -95,10 +101,11 @@ def _landlock(config: dict[str, Any]) -> int:
     fields = struct.pack("=QQQ", handled, network, scoped)
     size = 8 if version < 4 else 16 if version < 6 else 24
     ruleset = _call(_CREATE_RULESET, ctypes.create_string_buffer(fields, 24), size, 0)
+    reading = _READ | (_EXECUTE if config["runs"] else 0)
     for path in config["readable"]:
-        _allow(ruleset, path, _READ & handled)
+        _allow(ruleset, path, reading)
     for path in config["listed"]:
-        _allow(ruleset, path, _LIST & handled)
+        _allow(ruleset, path, _LIST)
     for path in config["writable"]:
         _allow(ruleset, path, handled & ~_NODES)
     return ruleset

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,11 @@ class Library:
     def system(self) -> tuple[str, ...]:
         """Folders and files of the system that it needs."""
         return tuple(path for path in (*_SYSTEM, _CACHE) if os.path.exists(path))
+
+    def beyond(self, paths: Iterable[str]) -> tuple[str, ...]:
+        """Those of ``paths`` that are not part of all this."""
+        known = tuple(f"{os.path.realpath(path)}/" for path in (*self.own, *self.system))
+        return tuple(p for p in paths if not f"{os.path.realpath(p)}/".startswith(known))
 
     def split(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """All of it without the hidden folders: what may be read, and folders only to be listed.

@@ -33,6 +33,7 @@ NUMBERS: Final[dict[str, tuple[int | None, int | None]]] = {
     "epoll_wait": (232, None),
     "eventfd2": (290, 19),
     "execve": (59, 221),
+    "execveat": (322, 281),
     "exit": (60, 93),
     "exit_group": (231, 94),
     "faccessat": (269, 48),
@@ -76,6 +77,7 @@ NUMBERS: Final[dict[str, tuple[int | None, int | None]]] = {
     "lstat": (6, None),
     "madvise": (28, 233),
     "membarrier": (324, 283),
+    "memfd_create": (319, 279),
     "mincore": (27, 232),
     "mkdir": (83, None),
     "mkdirat": (258, 34),
@@ -264,8 +266,18 @@ FILES: Final = (
     "umask",
 )
 
+# What a compiler needs to start its own tools and to wait for them (``clone`` is checked).
+BUILD: Final = (
+    "execve",
+    "vfork",
+    "wait4",
+    "waitid",
+)
+
 START: Final = (
     "execve",
+    "execveat",
+    "memfd_create",
     "wait4",
     "waitid",
     "prctl",

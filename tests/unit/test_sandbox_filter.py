@@ -1,0 +1,88 @@
+"""The system call filters, interpreted here as the kernel would: which call is answered how."""
+
+import struct
+import sys
+
+import pytest
+
+from gruppo.sandbox import filter as seccomp
+from gruppo.sandbox import syscalls
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
+ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+EPERM, EAGAIN, ENOSYS = ERRNO | 1, ERRNO | 11, ERRNO | 38
+LIST = 0x1234_5678_9AB0
+ARCH, COLUMN = seccomp._MACHINES[seccomp.machine()]
+
+
+def answer(program: bytes, name: str, *arguments: int, arch: int = ARCH, add: int = 0) -> int:
+    """What the filter returns for a call."""
+    number = (syscalls.NUMBERS[name][COLUMN] or 0) + add
+    data = struct.pack("<IIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
+    value = at = 0
+    while True:
+        code, jump_true, jump_false, operand = struct.unpack_from("=HBBI", program, 8 * at)
+        at += 1
+        if code == 0x20:
+            (value,) = struct.unpack_from("<I", data, operand)
+        elif code == 0x15:
+            at += jump_true if value == operand else jump_false
+        elif code == 0x35:
+            at += jump_true if value >= operand else jump_false
+        else:
+            assert code == 0x06
+            return operand
+
+
+def test_the_filter_names_the_machine_first_and_refuses_the_rest() -> None:
+    program = seccomp.strict(pid=7, threads=False, files=False)
+    assert answer(program, "read") == ALLOW
+    assert answer(program, "read", arch=ARCH + 1) == KILL
+    assert answer(program, "read", add=0x40000000) == KILL
+    refused = ("execve", "execveat", "kill", "memfd_create", "prctl", "mkdirat", "pwrite64")
+    assert {answer(program, name) for name in refused} == {EPERM}
+    assert answer(program, "read", add=400) == EPERM  # a call that nobody here has named
+    assert answer(program, "clone") == EAGAIN
+    assert answer(program, "clone3") == ENOSYS
+
+
+def test_files_and_threads_only_where_they_are_allowed() -> None:
+    program = seccomp.strict(pid=7, threads=True, files=True)
+    assert answer(program, "mkdirat") == ALLOW
+    assert answer(program, "clone", 0x003D0F00) == ALLOW
+    assert answer(program, "clone", 17) == EPERM
+
+
+def test_signals_to_itself_and_harmless_requests_alone() -> None:
+    program = seccomp.strict(pid=7, threads=False, files=False)
+    assert [answer(program, "tgkill", pid) for pid in (7, 8, -1 & (1 << 64) - 1)] == [
+        ALLOW,
+        EPERM,
+        EPERM,
+    ]
+    assert [answer(program, "ioctl", 0, what) for what in (0x5401, 0x5412)] == [ALLOW, EPERM]
+    assert [answer(program, "fcntl", 0, what) for what in (3, 8, 10)] == [ALLOW, EPERM, EPERM]
+
+
+def test_a_file_is_executed_with_one_list_of_arguments_only() -> None:
+    program = seccomp.strict(pid=7, threads=False, files=False, argv=LIST)
+    empty_path = 0x1000
+    assert answer(program, "execveat", 9, 1, LIST, 2, empty_path) == ALLOW
+    others = (LIST + 16, LIST + (1 << 32), LIST & 0xFFFFFFFF, 0)
+    assert {answer(program, "execveat", 9, 1, other, 2, empty_path) for other in others} == {EPERM}
+    for flags in (0, 0x100, empty_path | 1 << 32):
+        assert answer(program, "execveat", 9, 1, LIST, 2, flags) == EPERM
+    assert answer(program, "execve", 1, LIST, 2) == EPERM
+    assert answer(program, "read") == ALLOW
+
+
+def test_a_compiler_may_start_its_tools_and_reach_nobody() -> None:
+    program = seccomp.build()
+    allowed = ("execve", "wait4", "openat", "unlinkat", "renameat")
+    assert {answer(program, name) for name in allowed} == {ALLOW}
+    assert [answer(program, "clone", flags) for flags in (0x4111, 0x01200011)] == [ALLOW] * 2
+    new_user, new_network = 0x10000011, 0x40000011
+    assert {answer(program, "clone", flags) for flags in (new_user, new_network)} == {EPERM}
+    refused = ("kill", "tgkill", "prlimit64", "setsid", "prctl", "memfd_create", "seccomp")
+    assert {answer(program, name) for name in refused} == {EPERM}
+    assert answer(program, "clone3") == ENOSYS
