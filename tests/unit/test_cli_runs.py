@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from gruppo.cli import main
 from gruppo.cli.progress import Reporter
+from gruppo.evaluate import Evaluation, Evaluator
 from gruppo.interrupt import Interrupted
 from gruppo.policy import checkpoint
 from gruppo.record import Database
@@ -55,6 +57,32 @@ def test_the_end_says_before_and_after_and_what_next(tiny_folder, tmp_path, caps
     assert "3 held-out problems" in shown
     assert shown.count("before (reward") == shown.count("after (reward") == 2
     assert f"gruppo chat {tmp_path / 'x'}" in shown
+
+
+def test_the_weights_of_the_best_evaluation_are_kept_and_named(
+    tiny_folder, tmp_path, monkeypatch, capsys
+):
+    evaluated, made = Evaluator.__call__, iter(range(9))
+
+    def falling(self: Evaluator) -> Evaluation:
+        """Right after step 1, and never again."""
+        found = evaluated(self)
+        return replace(found, metrics={**found.metrics, "pass@1": float(next(made) == 1)})
+
+    monkeypatch.setattr(Evaluator, "__call__", falling)
+    changes = {"eval.every": "1", "train.steps": "4", "record.keep_last": "1"}
+    command = ["train", "quickstart", *arguments(tiny_folder, "run", **changes)]
+    assert main([*command, "--set", f"record.folder={tmp_path}"]) == 0
+    run = tmp_path / "run"
+    assert checkpoint.steps(run / "checkpoints") == [1, 4]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " best " in line]
+    words, _, why = line.partition("#")
+    assert words.split() == ["gruppo", "export", "weights", str(run), "best", "--step", "1"]
+    assert why.strip() == "the best evaluation, 1.000"
+    assert main(["export", "weights", str(run), str(tmp_path / "best"), "--step", "1"]) == 0
+    kept = run / "checkpoints" / "00000001" / "model" / "model.safetensors"
+    exported = load_file(tmp_path / "best" / "model.safetensors")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in load_file(kept).items())
 
 
 def test_resume_equals_the_unbroken_run_to_the_last_bit(finished, tiny_folder, tmp_path, capsys):
