@@ -1,6 +1,7 @@
 """Whole runs of a tiny random model through the command line, in this process."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -181,6 +182,37 @@ def test_replay_does_not_mind_the_time_limit(finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("step", [0, 5])
+@pytest.mark.parametrize(("count", "first"), [("2", 3), ("3", 1)])
+def test_steps_run_again_are_equal_to_the_last_bit(finished, capsys, count, first):
+    """From the checkpoint of step 2, or from the start where none is old enough."""
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+    assert main(["resume", str(finished), "--verify", count]) == 0
+    shown = capsys.readouterr().err
+    assert f"verifying steps {first} to 4" in shown
+    found = re.search(r"equal to the last bit: (\d+) metrics", shown)
+    per_step = len(metrics(finished)) - 2  # the task reward's and others are in every step
+    assert int(found[1]) >= (5 - first) * per_step // 2
+    after = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+    assert after == before
+
+
+def test_the_first_difference_of_steps_run_again_is_named(finished, tmp_path, capsys):
+    changed = shutil.copytree(finished, tmp_path / "run")
+    text = (changed / "recipe.toml").read_text()
+    (changed / "recipe.toml").write_text(text.replace("lr = 0.001", "lr = 0.0011"))
+    assert main(["resume", str(changed), "--verify", "2"]) == 1
+    shown = capsys.readouterr().err
+    assert re.search(r"step 3: optim/lr was \S+ and is \S+", shown)
+    assert re.search(r"tensors: \d+ differ from checkpoint 4, the first is model\.", shown)
+    assert "equal to the last bit" not in shown
+
+
+@pytest.mark.parametrize("count", ["0", "5"])
+def test_steps_that_the_run_has_not_are_not_verified(finished, capsys, count):
+    assert main(["resume", str(finished), "--verify", count]) == 2
+    assert f"--verify {count}: {finished} has 4 steps" in capsys.readouterr().err
+
+
 def test_a_step_that_the_run_has_not_is_not_replayed(finished, capsys, step):
     assert main(["resume", str(finished), "--replay", str(step)]) == 2
     assert f"--replay {step}: {finished} has steps 1 to 4" in capsys.readouterr().err
