@@ -22,7 +22,7 @@ Scorer = Callable[[str, dict], float]
 def make(settings: dict) -> tuple[Callable[[bytes], object], dict]:
     """Return the handler: a pickled ``{"task", "entry", "answer"}`` in, its scores out."""
     try:
-        import reasoning_gym
+        import reasoning_gym  # pyrefly: ignore[missing-import]
     except ImportError as error:
         raise ImportError('it needs reasoning-gym: pip install "gruppo[gym]"') from error
     scorers: dict[str, Scorer] = {}
