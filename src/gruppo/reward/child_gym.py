@@ -14,7 +14,7 @@ from collections.abc import Callable
 FORK = True
 
 # No answer to any question: a sentence, an empty one, and a number that nobody asks for.
-NONSENSE = ("no idea whatsoever", "", "-987654321.125")
+NONSENSE = ("no idea whatsoever", "", "-987654321")
 
 Scorer = Callable[[str, dict], float]
 
