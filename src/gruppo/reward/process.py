@@ -111,7 +111,9 @@ class Worker:
         self.kill()
         if isinstance(record, Death):
             return Death("start", record.code, f"the worker did not start ({record.kind})")
-        return Death("start", None, str(record.get("error", record))[:500])
+        error = record.get("error", record)
+        text = error.get("text", error) if isinstance(error, dict) else error
+        return Death("start", None, str(text)[:500])
 
     def ask(self, payload: bytes, seconds: float) -> Reply | Death:
         """Send one request and wait for its answer; the worker is dead after a Death."""
