@@ -129,7 +129,7 @@ def check_formulas() -> None:
     logp = ratio.log().requires_grad_()
     live = Live(logp=logp, entropy=None, mask=torch.ones(4, 1, dtype=torch.bool))
     zero = torch.zeros(4, 1, dtype=torch.float64)
-    loss = PpoClip()(live, old_logp=zero, engine_logp=None, advantage=sign, selected=None).loss
+    loss = PpoClip()(live, old_logp=zero, engine_logp=zero, advantage=sign, selected=None).loss
     (gradient,) = torch.autograd.grad(loss.sum(), logp)
     found = [*loss.flatten().tolist(), *gradient.flatten().tolist()]
     hand = [-1.28, -0.5, 0.8, 1.3, 0.0, -0.5, 0.0, 1.3]
