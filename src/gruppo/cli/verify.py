@@ -7,6 +7,7 @@ weights, optimizer moments, a moved reference. Nothing is recorded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,12 @@ def _equal(one: torch.Tensor, other: torch.Tensor | None) -> bool:
     return other is not None and torch.equal(one.detach().cpu(), other.cpu())
 
 
+def _same(one: float | None, other: float | None) -> bool:
+    """Whether two recorded numbers are the same: NaN is itself, and SQLite has one zero."""
+    both_nan = one is not None and other is not None and math.isnan(one) and math.isnan(other)
+    return both_nan or one == other
+
+
 @dataclass(slots=True)
 class _Compare:
     """Compares every step's metrics with the recorded ones."""
@@ -94,7 +101,7 @@ class _Compare:
     compared: int = 0
 
     def __call__(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
-        """Note what differs in this step (NaN is equal to NaN)."""
+        """Note what differs in this step."""
         then = {
             name: value
             for name, points in self.recorded.items()
@@ -106,5 +113,5 @@ class _Compare:
                 continue
             self.compared += 1
             old, new = then.get(name), metrics.get(name)
-            if repr(old) != repr(new):
+            if not _same(old, new):
                 self.found.append(f"step {step}: {name} was {old!r} and is {new!r}")
