@@ -17,7 +17,8 @@ from gruppo.data import ProblemStream
 from gruppo.metric import Metric, reduce
 from gruppo.objective.masks import foreign
 from gruppo.policy import UpdateReport
-from gruppo.reward import LanguageConsistency, Part, used_tools
+from gruppo.reward import LanguageConsistency, Part, RewardSet, used_tools
+from gruppo.reward.vote import ballot_of
 from gruppo.types import Group, Rollout
 
 
@@ -218,6 +219,19 @@ def language_metrics(groups: Sequence[Group], parts: Sequence[Part]) -> dict[str
     if not names:
         return {}
     return {"lang/consistency": sum(values) / len(values) if values else math.nan}
+
+
+def answer_metrics(groups: Sequence[Group], reward: RewardSet) -> dict[str, float]:
+    """Mean number of different final answers in a group, where the task reward reads answers.
+
+    Answers count as equal as they do in a vote; a completion without one counts for nothing.
+    """
+    counts = [
+        len({read(row.text) for row in group.completions} - {None})
+        for group in groups
+        if (read := ballot_of(group.scores, reward)) is not None
+    ]
+    return {"group/unique_answers": sum(counts) / len(counts)} if counts else {}
 
 
 def composition_metrics(

@@ -16,7 +16,7 @@ from gruppo.data.keyed import hash64
 from gruppo.engine.base import SingleTurn, check_sampling
 from gruppo.objective import majority, pass_at_k, standard_error
 from gruppo.reward import RewardSet, score_sound, used_tools
-from gruppo.reward.vote import Ballot, ballot
+from gruppo.reward.vote import Ballot, ballot_of
 from gruppo.types import Completion, Encode, Engine, Problem, Request, Sampler, Sampling, Score
 
 EVAL_KEY = -1
@@ -246,7 +246,7 @@ def sampled_metrics(
     votes = [
         _majority_is_right(item, settings.correct_at, read)
         for item in graded
-        if (read := _ballot_of(item, reward)) is not None
+        if (read := ballot_of(item.scores, reward)) is not None
     ]
     if votes:
         metrics[f"sampled/maj@{n}"] = sum(votes) / len(votes)
@@ -280,17 +280,6 @@ def in_order(metrics: Mapping[str, float], parts: Sequence[str]) -> dict[str, fl
         return source, rank.get(own, len(rank)), 0, 0
 
     return {name: metrics[name] for name in sorted(metrics, key=lambda name: (place(name), name))}
-
-
-def _ballot_of(item: Graded, reward: RewardSet) -> Ballot | None:
-    """How votes on a problem are read: as its task reward reads answers.
-
-    With several task rewards, that is the first which gave one of the completions a value.
-    """
-    names = reward.task_names
-    graded_by = (n for n in names if any(s.parts.get(n) is not None for s in item.scores))
-    name = next(graded_by, names[0])
-    return next(ballot(part.reward) for part in reward.parts if part.name == name)
 
 
 def _majority_is_right(item: Graded, correct_at: float, read: Ballot) -> bool:

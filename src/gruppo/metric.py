@@ -69,7 +69,42 @@ class Min:
         return Min(min(self.value, other.value))
 
 
-Metric = Mean | Sum | Max | Min
+@dataclass(frozen=True, slots=True)
+class Correlation:
+    """Pearson's correlation of pairs (x, y), as their number and the sums of products.
+
+    ``x``, ``y``, ``xx``, ``yy`` and ``xy`` are sums over the pairs. NaN where x or y is constant.
+    """
+
+    count: int
+    x: float
+    y: float
+    xx: float
+    yy: float
+    xy: float
+
+    def join(self, other: Correlation) -> Correlation:
+        """Return the correlation over the pairs of both."""
+        return Correlation(
+            self.count + other.count,
+            self.x + other.x,
+            self.y + other.y,
+            self.xx + other.xx,
+            self.yy + other.yy,
+            self.xy + other.xy,
+        )
+
+    @property
+    def value(self) -> float:
+        """The correlation, in [-1, 1]."""
+        n = self.count
+        spread = (n * self.xx - self.x**2) * (n * self.yy - self.y**2)
+        if spread <= 0:
+            return math.nan
+        return max(-1.0, min(1.0, (n * self.xy - self.x * self.y) / math.sqrt(spread)))
+
+
+Metric = Mean | Sum | Max | Min | Correlation
 
 
 def merge(first: Mapping[str, Metric], second: Mapping[str, Metric]) -> dict[str, Metric]:
@@ -82,7 +117,13 @@ def merge(first: Mapping[str, Metric], second: Mapping[str, Metric]) -> dict[str
 
 def _join(name: str, first: Metric, second: Metric) -> Metric:
     match first, second:
-        case (Mean(), Mean()) | (Sum(), Sum()) | (Max(), Max()) | (Min(), Min()):
+        case (
+            (Mean(), Mean())
+            | (Sum(), Sum())
+            | (Max(), Max())
+            | (Min(), Min())
+            | (Correlation(), Correlation())
+        ):
             return first.join(second)  # pyrefly: ignore[bad-argument-type]
         case _:
             raise TypeError(
@@ -108,3 +149,18 @@ def extremes(values: Float[Tensor, "..."], where: Bool[Tensor, "..."]) -> tuple[
         return Min(math.inf), Max(-math.inf)
     low, high = torch.aminmax(chosen.double())
     return Min(float(low)), Max(float(high))
+
+
+def correlation_over(
+    x: Float[Tensor, "..."], y: Float[Tensor, "..."], where: Bool[Tensor, "..."]
+) -> Correlation:
+    """Correlation of ``x`` and ``y`` over the entries where ``where`` is True, in float64.
+
+    >>> yes = torch.tensor([True, True, True, False])
+    >>> x, y = torch.tensor([1.0, 2.0, 3.0, 9.0]), torch.tensor([6.0, 4.0, 2.0, 9.0])
+    >>> correlation_over(x, y, yes).value
+    -1.0
+    """
+    x, y = x.detach()[where].double(), y.detach()[where].double()
+    sums = (x, y, x * x, y * y, x * y)
+    return Correlation(x.numel(), *(float(values.sum()) for values in sums))

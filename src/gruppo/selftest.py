@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gruppo.errors import NumericError
-from gruppo.objective import Coefficients, Grpo, Objective, PpoClip, TokenMean
+from gruppo.objective import Coefficients, Grpo, Live, Objective, PpoClip, TokenMean
 from gruppo.policy import Policy
 from gruppo.rollout import Rollouts, tensorise
 from gruppo.types import Completion, Evidence, Group, Request, Rollout, Score
@@ -111,9 +111,10 @@ def _draw(rollouts: Rollouts) -> list[Group]:
 
 
 def check_formulas() -> None:
-    """The advantage and the clipped loss of a case worked out by hand.
+    """The advantage, and the clipped loss with its gradient, of cases worked out by hand.
 
-    Rewards (1, 0, 0, 1): mean 0.5, standard deviation 0.57735, so A = ±0.5 / 0.57745.
+    Rewards (1, 0, 0, 1): mean 0.5, standard deviation 0.57735, so A = ±0.5 / 0.57745. Ratios 1.3
+    and 0.5 for A = 1 and for A = -1, clipped to [0.8, 1.28] where that lowers the gain.
     """
     rollout = _hand_rollout([1.0, 0.0, 0.0, 1.0])
     advantage = Grpo()(rollout, Evidence())
@@ -122,6 +123,20 @@ def check_formulas() -> None:
         bool((advantage - expected).abs().max() < 1e-6),
         f"the advantages of rewards 1, 0, 0, 1 are {advantage.tolist()}, not ±0.865875: this "
         "installation computes wrongly (a broken torch build?)",
+    )
+    ratio = torch.tensor([[1.3], [0.5], [0.5], [1.3]], dtype=torch.float64)
+    sign = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], dtype=torch.float64)
+    logp = ratio.log().requires_grad_()
+    live = Live(logp=logp, entropy=None, mask=torch.ones(4, 1, dtype=torch.bool))
+    zero = torch.zeros(4, 1, dtype=torch.float64)
+    loss = PpoClip()(live, old_logp=zero, engine_logp=zero, advantage=sign, selected=None).loss
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    found = [*loss.flatten().tolist(), *gradient.flatten().tolist()]
+    hand = [-1.28, -0.5, 0.8, 1.3, 0.0, -0.5, 0.0, 1.3]
+    _require(
+        all(abs(one - other) < 1e-9 for one, other in zip(found, hand, strict=True)),
+        f"clipped losses and gradients of four cases are {found}, not {hand}: this installation "
+        "computes wrongly (a broken torch build?)",
     )
 
 

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from gruppo.budget import Budget
-from gruppo.diagnose import composition_metrics, data_metrics, language_metrics, step_metrics
+from gruppo.diagnose import (
+    answer_metrics,
+    composition_metrics,
+    data_metrics,
+    language_metrics,
+    step_metrics,
+)
 from gruppo.errors import NumericError, OutOfMemory, ServiceError
 from gruppo.evaluate import Evaluation, Evaluator
 from gruppo.interrupt import Interrupted, Interrupts
@@ -290,6 +296,7 @@ def _metrics(run: Run, state: TrainState, iteration: Iteration, seconds: float) 
         ),
         **language_metrics(collected.groups, run.rollouts.reward.parts),
         **composition_metrics(collected.groups, run.rollouts.reward.parts, step=state.step + 1),
+        **answer_metrics(collected.generated or collected.groups, run.rollouts.reward),
         **data_metrics(run.rollouts.stream),
         "kl/beta": state.coefficients.kl,
         "entropy/coef": state.coefficients.entropy,

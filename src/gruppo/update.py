@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gruppo import dist
 from gruppo.memory import Fitting, micro_batches
-from gruppo.metric import Max, Metric, Sum, extremes, mean_over, merge, reduce
+from gruppo.metric import Max, Metric, Sum, correlation_over, extremes, mean_over, merge, reduce
 from gruppo.objective import (
     Coefficients,
     Live,
@@ -300,6 +300,11 @@ class OptimizerStep:
         live = Live(logp=_widen(scored.logp, width), entropy=_widen(entropy, width), mask=rows.mask)
         loss = compute_loss(self.objective, live, rows, self.coefficients)
         seen = merge(token_metrics(loss, rows, first=first), live_metrics(live, rows))
+        if loss.tokens.is_keep is not None:  # sequence ratios reject long rows first
+            length = self.targets.rollout.length
+            longest = (length >= length.double().quantile(0.9))[micro].to(rows.mask.device)
+            rejected, where = ~loss.tokens.is_keep, rows.mask & longest[:, None]
+            seen["is/rejected_frac_longest"] = mean_over(rejected.float(), where)
         clips_rows = self.objective.surrogate.uses_clip and self.objective.ratio_of_rows
         return loss, merge(seen, row_metrics(loss, rows) if clips_rows else {})
 
@@ -350,10 +355,11 @@ def live_metrics(live: Live, rows: Rows) -> dict[str, Metric]:
     known = live.mask & ~rows.engine_logp.isnan()
     gap = torch.where(known, trainer - rows.engine_logp, 0.0).clamp(-20, 20)
     ratio = gap.exp()
-    apart = (trainer.exp() - rows.engine_logp.exp()).abs()
+    ours, theirs = trainer.exp(), rows.engine_logp.exp()
     metrics["is/mismatch_k1"] = mean_over(-gap, known)
     metrics["is/mismatch_k3"] = mean_over(ratio - 1 - gap, known)
-    metrics["is/max_prob_diff"] = extremes(apart, known)[1]
+    metrics["is/max_prob_diff"] = extremes((ours - theirs).abs(), known)[1]
+    metrics["is/prob_correlation"] = correlation_over(ours, theirs, known)
     metrics["is/_weight"] = mean_over(ratio, known)
     metrics["is/_weight_squared"] = mean_over(ratio.square(), known)
     return metrics

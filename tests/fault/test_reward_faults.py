@@ -292,6 +292,37 @@ def test_a_checker_killed_from_outside_is_replaced_and_knows_no_secret(
     assert b"planted-secret" not in Path(f"/proc/{other}/environ").read_bytes()
 
 
+SEES = """
+import os
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return float(os.environ.get(solution_str, "") == "planted-secret")
+"""
+
+
+def test_a_function_sees_only_the_secrets_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sees.py").write_text(SEES)
+    names = ("JUDGE_API_KEY", "HF_TOKEN", "PLAIN_SETTING")
+    for name in names:
+        monkeypatch.setenv(name, "planted-secret")
+    for secrets, expected in (((), [0.0, 0.0, 1.0]), (("JUDGE_API_KEY",), [1.0, 0.0, 1.0])):
+        reward = Function(name=str(tmp_path / "sees.py"), secrets=secrets)
+        try:
+            assert reward.open() == "verl"
+            (found,) = grade(reward, names)
+            [pid] = reward._pool().pids()
+            inside = Path(f"/proc/{pid}/environ").read_bytes()
+        finally:
+            reward.close()
+        assert [score.total for score in found] == expected
+        assert inside.count(b"planted-secret") == 1 + len(secrets)
+    monkeypatch.delenv("JUDGE_API_KEY")
+    with pytest.raises(ValueError, match=r"JUDGE_API_KEY is not set; export it"):
+        reward.open()
+
+
 def test_a_checker_that_keeps_dying_leaves_the_row_unscored(
     math: Math, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,10 @@ from gruppo.cli import main
 from gruppo.cli.errors import exit_code, explain
 from gruppo.cli.listing import first_sentence
 from gruppo.cli.progress import Reporter, describe_step, duration
+from gruppo.cli.summary import show_changes
+from gruppo.cli.written import printable
 from gruppo.errors import NumericError, ServiceError
+from gruppo.evaluate import Graded
 from gruppo.interrupt import Interrupted
 from gruppo.objective import PLANNED, PRESETS
 from gruppo.recipe import from_table, load, packaged
@@ -232,3 +235,22 @@ def test_duration(seconds, text):
 def test_first_sentence_of_every_packaged_recipe_is_short_enough_for_a_list():
     for name, text in packaged().items():
         assert 20 < len(first_sentence(text)) < 160, name
+        assert not first_sentence(text).endswith("Dr."), name
+
+
+def test_a_sentence_does_not_end_at_a_title():
+    text = "# The run of Dr. GRPO: no division. And more.\n\n[model]\n"
+    assert first_sentence(text) == "The run of Dr. GRPO: no division."
+    assert first_sentence("# One only\n") == "One only"
+
+
+def test_what_a_model_writes_does_not_command_the_terminal():
+    """An escape sequence would clear the screen or set the window's title."""
+    hostile = "ok\x1b[2J\x1b]0;title\x07\nnext\u202e\tend"
+    assert printable(hostile, keep="\n\t") == ("ok\\x1b[2J\\x1b]0;title\\x07\nnext\\u202e\tend")
+    problem = Problem(id="p", prompt=(Message("user", hostile),), answer="1\x1b[1m")
+    row = Completion(tokens=(), logp=(), mask=(), version=(), text=hostile, finish="stop")
+    graded = Graded(problem=problem, completions=(row,), scores=(Score(total=0.0, task=0.0),))
+    shown = list(show_changes([graded], [graded]))
+    assert "".join(shown).replace("\n", "").isprintable()
+    assert "    next" in shown[-1].splitlines()[1]

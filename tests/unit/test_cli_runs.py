@@ -1,11 +1,13 @@
 """Whole runs of a tiny random model through the command line, in this process."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from gruppo.cli import main
 from gruppo.cli.progress import Reporter
+from gruppo.evaluate import Evaluation, Evaluator
 from gruppo.interrupt import Interrupted
 from gruppo.policy import checkpoint
 from gruppo.record import Database
@@ -55,6 +58,32 @@ def test_the_end_says_before_and_after_and_what_next(tiny_folder, tmp_path, caps
     assert "3 held-out problems" in shown
     assert shown.count("before (reward") == shown.count("after (reward") == 2
     assert f"gruppo chat {tmp_path / 'x'}" in shown
+
+
+def test_the_weights_of_the_best_evaluation_are_kept_and_named(
+    tiny_folder, tmp_path, monkeypatch, capsys
+):
+    evaluated, made = Evaluator.__call__, iter(range(9))
+
+    def falling(self: Evaluator) -> Evaluation:
+        """Right after step 1, and never again."""
+        found = evaluated(self)
+        return replace(found, metrics={**found.metrics, "pass@1": float(next(made) == 1)})
+
+    monkeypatch.setattr(Evaluator, "__call__", falling)
+    changes = {"eval.every": "1", "train.steps": "4", "record.keep_last": "1"}
+    command = ["train", "quickstart", *arguments(tiny_folder, "run", **changes)]
+    assert main([*command, "--set", f"record.folder={tmp_path}"]) == 0
+    run = tmp_path / "run"
+    assert checkpoint.steps(run / "checkpoints") == [1, 4]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " best " in line]
+    words, _, why = line.partition("#")
+    assert words.split() == ["gruppo", "export", "weights", str(run), "best", "--step", "1"]
+    assert why.strip() == "the best evaluation, 1.000"
+    assert main(["export", "weights", str(run), str(tmp_path / "best"), "--step", "1"]) == 0
+    kept = run / "checkpoints" / "00000001" / "model" / "model.safetensors"
+    exported = load_file(tmp_path / "best" / "model.safetensors")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in load_file(kept).items())
 
 
 def test_resume_equals_the_unbroken_run_to_the_last_bit(finished, tiny_folder, tmp_path, capsys):
@@ -153,6 +182,37 @@ def test_replay_does_not_mind_the_time_limit(finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("step", [0, 5])
+@pytest.mark.parametrize(("count", "first"), [("2", 3), ("3", 1)])
+def test_steps_run_again_are_equal_to_the_last_bit(finished, capsys, count, first):
+    """From the checkpoint of step 2, or from the start where none is old enough."""
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+    assert main(["resume", str(finished), "--verify", count]) == 0
+    shown = capsys.readouterr().err
+    assert f"verifying steps {first} to 4" in shown
+    found = re.search(r"equal to the last bit: (\d+) metrics", shown)
+    per_step = len(metrics(finished)) - 2  # the task reward's and others are in every step
+    assert int(found[1]) >= (5 - first) * per_step // 2
+    after = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+    assert after == before
+
+
+def test_the_first_difference_of_steps_run_again_is_named(finished, tmp_path, capsys):
+    changed = shutil.copytree(finished, tmp_path / "run")
+    text = (changed / "recipe.toml").read_text()
+    (changed / "recipe.toml").write_text(text.replace("lr = 0.001", "lr = 0.0011"))
+    assert main(["resume", str(changed), "--verify", "2"]) == 1
+    shown = capsys.readouterr().err
+    assert re.search(r"step 3: optim/lr was \S+ and is \S+", shown)
+    assert re.search(r"tensors: \d+ differ from checkpoint 4, the first is model\.", shown)
+    assert "equal to the last bit" not in shown
+
+
+@pytest.mark.parametrize("count", ["0", "5"])
+def test_steps_that_the_run_has_not_are_not_verified(finished, capsys, count):
+    assert main(["resume", str(finished), "--verify", count]) == 2
+    assert f"--verify {count}: {finished} has 4 steps" in capsys.readouterr().err
+
+
 def test_a_step_that_the_run_has_not_is_not_replayed(finished, capsys, step):
     assert main(["resume", str(finished), "--replay", str(step)]) == 2
     assert f"--replay {step}: {finished} has steps 1 to 4" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Health numbers, by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from gruppo.data import ProblemStream
 from gruppo.diagnose import (
     advantage_metrics,
+    answer_metrics,
     data_metrics,
     group_metrics,
     language_metrics,
@@ -21,7 +23,7 @@ from gruppo.diagnose import (
 )
 from gruppo.metric import Mean
 from gruppo.policy import UpdateReport
-from gruppo.reward import LanguageConsistency
+from gruppo.reward import LanguageConsistency, Number
 from gruppo.reward.base import Part, RewardSet
 from gruppo.rollout import RolloutSettings, tensorise
 from gruppo.types import Completion, Failure, Group, Message, Problem, Score
@@ -206,3 +208,16 @@ def test_language():
     assert language_metrics(groups, parts) == {"lang/consistency": 0.75}
     assert language_metrics(groups, REWARD.parts) == {}
     assert math.isnan(language_metrics([], parts)["lang/consistency"])
+
+
+def test_different_answers_of_a_group():
+    """1/2 and 0.5 are one answer; a completion without one is none."""
+
+    def answered(*texts):
+        rows = tuple(replace(row(n), text=text) for n, text in enumerate(texts))
+        return group([0.0] * len(texts), rows=rows)
+
+    groups = [answered("so 1/2", "or 0.5", "so 3", "hm"), answered("it is 7", "7", "7", "7")]
+    reward = RewardSet((Part(name="a", reward=Number(where="last")),))
+    assert answer_metrics(groups, reward) == {"group/unique_answers": (2 + 1) / 2}
+    assert answer_metrics(groups, REWARD) == {}  # a function does not say what the answer is

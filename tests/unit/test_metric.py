@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from gruppo.metric import Max, Mean, Min, Sum, extremes, mean_over, merge, reduce
+from gruppo.metric import (
+    Correlation,
+    Max,
+    Mean,
+    Min,
+    Sum,
+    correlation_over,
+    extremes,
+    mean_over,
+    merge,
+    reduce,
+)
 
 
 def test_mean_of_parts_is_the_mean_of_the_whole():
@@ -42,3 +53,31 @@ def test_nothing_to_average_is_nan_and_nothing_to_compare_is_infinite():
         Min(-1.0),
         Max(3.0),
     )
+
+
+def test_a_correlation_of_parts_is_that_of_the_whole():
+    draw = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 40, generator=draw, dtype=torch.float64)
+    y = 2 * x - noise
+    where = torch.rand(40, generator=draw) < 0.7
+    joined = merge(
+        {"r": correlation_over(x[:13], y[:13], where[:13])},
+        {"r": correlation_over(x[13:], y[13:], where[13:])},
+    )
+    expected = torch.corrcoef(torch.stack([x[where], y[where]]))[0, 1].item()
+    assert reduce(joined)["r"] == pytest.approx(expected, abs=1e-12)
+    assert 0.7 < expected < 1
+
+
+@pytest.mark.parametrize("y", [[2.0, 2.0, 2.0], [1.0], []])
+def test_what_does_not_vary_correlates_with_nothing(y):
+    x = torch.arange(len(y), dtype=torch.float64)
+    found = correlation_over(x, torch.tensor(y), torch.ones(len(y), dtype=torch.bool))
+    assert found.count == len(y)
+    assert math.isnan(found.value)
+
+
+def test_equal_values_correlate_to_1_and_never_more():
+    x = torch.rand(1000, generator=torch.Generator().manual_seed(1))
+    assert correlation_over(x, x, x > 0).value == pytest.approx(1.0, abs=1e-12)
+    assert Correlation(2, 1.0, 1.0, 1.0, 1.0, 1.0 + 1e-9).value == 1.0

@@ -38,6 +38,8 @@ PUBLISHED = {
     "dr_grpo": (16, 8, 1, 3000, 1e-6),
     "intellect2": (256, 16, 8, 32768, 3e-7),
     "open_r1": (64, 16, 1, 1024, 2e-5),
+    "open_r1_distill": (16, 16, 1, 2048, 1e-6),
+    "r1_stage1": (512, 16, 16, 32768, 3e-6),
 }
 
 
@@ -334,3 +336,19 @@ def test_description_has_the_batch_arithmetic():
 
 def test_one_update_per_rollout_is_called_on_policy():
     assert "strictly on-policy: ratios are 1" in describe(recipe())
+
+
+@pytest.mark.parametrize(
+    ("preset", "minibatches", "words"),
+    [
+        ("grpo", 1, "strictly on-policy: ratios are 1 and clipping is inactive"),
+        ("grpo", 2, "ratios move away from 1 and clipping is active"),
+        ("cispo", 1, "strictly on-policy: ratios are 1\n"),
+        ("cispo", 2, "ratios move away from 1 and the loss weighs by them"),
+        ("opo", 2, "this loss does not correct for it"),
+        ("prime_default", 1, "ratios are 1, but for the engine's mismatch\n"),
+    ],
+)
+def test_words_on_policy_and_off_are_those_of_the_loss(preset, minibatches, words):
+    changes = (f'[objective]\npreset = "{preset}"', f"[train]\nminibatches = {minibatches}")
+    assert words in describe(recipe(*changes))

@@ -10,10 +10,11 @@ from gruppo.data.stream import ProblemStream
 from gruppo.engine.local import LocalEngine
 from gruppo.errors import NumericError
 from gruppo.model import Encoder, Lora, attach, load
+from gruppo.objective import Grpo, PpoClip
 from gruppo.policy import Optim, Policy
 from gruppo.reward.base import Part, RewardSet
 from gruppo.rollout import Rollouts, RolloutSettings, tensorise
-from gruppo.selftest import Tolerance, _draw, check_split, self_test
+from gruppo.selftest import Tolerance, _draw, check_formulas, check_split, self_test
 from gruppo.types import Message, Problem
 
 PROBLEMS = [Problem(id=c, prompt=(Message("user", c * n),)) for n, c in enumerate("abcd", 1)]
@@ -137,3 +138,22 @@ def test_a_model_that_sees_padding_is_found(tiny_folder):
         check_split(policy, rollout, STRICT)
     with pytest.raises(NumericError, match="engine and trainer differ"):
         self_test(policy, rollouts)
+
+
+def test_wrong_formulas_are_found(monkeypatch):
+    """A torch build whose kernels are off by a thousandth, in the advantage or the gradient."""
+    check_formulas()
+    credit, clip = Grpo.__call__, PpoClip.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(Grpo, "__call__", lambda *given: 1.001 * credit(*given))
+        with pytest.raises(NumericError, match="advantages of rewards 1, 0, 0, 1"):
+            check_formulas()
+
+    def flat(self, live, **how):
+        """The right value, with a gradient that is off."""
+        found = clip(self, live, **how)
+        return dataclasses.replace(found, loss=found.loss + 1e-3 * (live.logp - live.logp.detach()))
+
+    monkeypatch.setattr(PpoClip, "__call__", flat)
+    with pytest.raises(NumericError, match="clipped losses and gradients of four cases"):
+        check_formulas()

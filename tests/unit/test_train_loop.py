@@ -196,7 +196,8 @@ reward/total_std_within group/zero_std_frac group/solve_all_frac group/solve_non
 group/unique_frac adv/abs_max adv/group_sum_abs_max len/mean len/p95 len/mean_correct
 len/mean_wrong len/terminated_mean trunc/frac entropy/mean ratio/mean ratio/max ratio/min
 ratio/first_minibatch_maxdev clip/low clip/high policy/kl_old_k3 kl/ref_k3 is/mismatch_k1
-is/mismatch_k3 is/ess is/max_prob_diff async/staleness_mean async/staleness_max optim/grad_norm
+is/mismatch_k3 is/ess is/max_prob_diff is/prob_correlation async/staleness_mean
+async/staleness_max data/epoch data/prompts_dropped optim/grad_norm
 optim/lr optim/update_ratio health/skipped_steps tokens/live_frac rep/frac reward/unscored_frac
 time/step time/sampling tokens/sampled group/pass@1
 """

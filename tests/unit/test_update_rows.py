@@ -24,6 +24,7 @@ from gruppo.objective import (
     PpoClip,
     RlooSeq,
     SeqMeanTokenMean,
+    SequenceMask,
     TokenMean,
     Totals,
     compute_loss,
@@ -227,6 +228,30 @@ def test_clipped_rows_are_logged_for_losses_that_clip_the_ratio_of_rows(tiny_fol
     assert seen.get("clip/rows", 0.0) == 0.0  # on-policy nothing is clipped
 
 
+def test_rejections_in_the_longest_tenth_of_the_rows_are_logged_whatever_the_split(tiny_folder):
+    """A ratio of whole completions grows with their length, so these are the first to go."""
+    policy, batch = policy_of(wide_model(tiny_folder)), rollout()
+    correction = SequenceMask(max=2.0)
+    plain = Objective(credit=Grpo(), surrogate=PpoClip(), weights=TokenMean())
+    objective = replace(plain, correction=correction)
+    prompts = [batch.prompts[int(group)] for group in batch.group]
+    live = policy.old_logp(prompts, batch.tokens, batch.length).logp
+    _, keep = correction(live, batch.engine_logp.double(), batch.mask)
+    longest = (batch.length >= 7)[:, None] & batch.mask  # lengths are 1 to 7
+    assert 0 < longest.any(dim=1).sum() < 4
+    expected = (~keep)[longest].double().mean().item()
+    for tokens in (20, 10_000):
+        settings = UpdateSettings(tokens_per_microbatch=tokens, skip_dead=False)
+        targets = targets_of(policy, objective, batch, settings)
+        step = OptimizerStep(policy, objective, targets, Coefficients(), settings)
+        seen = reduce(step.accumulate(torch.arange(12), first=True))
+        policy.discard_gradient()
+        assert seen["is/rejected_frac_longest"] == pytest.approx(expected, abs=1e-6)
+        assert 0 < seen["is/rejected_frac"] < 1
+    step = OptimizerStep(policy, plain, targets, Coefficients(), settings)
+    assert "is/rejected_frac_longest" not in step.accumulate(torch.arange(12), first=True)
+
+
 def test_logged_mismatch_is_that_of_the_reference_formulas():
     """The engine gave every token, and no weight exceeds the cap."""
     draw = torch.Generator().manual_seed(3)
@@ -241,6 +266,7 @@ def test_logged_mismatch_is_that_of_the_reference_formulas():
     assert seen["is/mismatch_k1"] == pytest.approx(expected["mismatch_k1"], abs=1e-12)
     assert seen["is/mismatch_k3"] == pytest.approx(expected["mismatch_k3"], abs=1e-12)
     assert seen["is/max_prob_diff"] == pytest.approx(expected["max_abs_prob_diff"], abs=1e-12)
+    assert seen["is/prob_correlation"] == pytest.approx(expected["prob_correlation"], abs=1e-12)
     ess = seen["is/_weight"] ** 2 / seen["is/_weight_squared"]
     assert ess == pytest.approx(expected["ess"], abs=1e-12)
     assert seen["is/_weight_squared"] - 1 == pytest.approx(expected["chi2_token"], abs=1e-12)

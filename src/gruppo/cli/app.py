@@ -110,9 +110,19 @@ def resume(
     run: Run,
     *,
     replay: Annotated[int | None, Parameter(help="Run this step again; record nothing.")] = None,
+    verify: Annotated[
+        int | None,
+        Parameter(help="Run so many steps up to the newest checkpoint again, and compare."),
+    ] = None,
 ) -> int:
     """Go on with an interrupted run, after its last finished step."""
     began = time.monotonic()
+    if verify is not None and replay is not None:
+        raise ValueError("--replay and --verify are two things: give one of them")
+    if verify is not None:
+        from gruppo.cli.verify import verify as compare
+
+        return compare(run, verify, _tell)
     if replay is not None:
         from gruppo.cli.replay import replay as run_again
 

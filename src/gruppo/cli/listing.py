@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
 from rich.console import Console
 
 from gruppo.objective import PLANNED, PRESETS
 from gruppo.recipe import packaged
 from gruppo.recipe.source import read
+
+_SENTENCE_END: Final = re.compile(r"(?<=\.)(?<!\bDr\.) ")
 
 
 def list_recipes(console: Console) -> int:
@@ -49,8 +54,7 @@ def first_sentence(text: str) -> str:
         if not line.startswith("#"):
             break
         comment.append(line.lstrip("# ").rstrip())
-    sentence, end, _ = " ".join(comment).partition(". ")
-    return sentence + "." if end else sentence
+    return _SENTENCE_END.split(" ".join(comment), maxsplit=1)[0]
 
 
 def _say(console: Console, text: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gruppo.cli.summary import describe_evaluation
+from gruppo.cli.written import printable
 from gruppo.interrupt import ending_with
 from gruppo.model import CATALOG, cache_folder
 from gruppo.model.packaged import quiet
@@ -88,7 +89,7 @@ def chat(
             said = (*said, Message("user", text))
             answer = _answer(opened, recipe, said, turn)
             said = (*said, Message("assistant", answer))
-            _say(console, answer)
+            _say(console, printable(answer, keep="\n\t"))
     finally:
         opened.engine.close()
     return 0

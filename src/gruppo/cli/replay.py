@@ -6,7 +6,8 @@ finite is told with the operation that made it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from torch import Tensor
 from gruppo.errors import NumericError, ServiceError
 from gruppo.evaluate import Evaluation
 from gruppo.policy import checkpoint
+from gruppo.recipe import Recipe
 from gruppo.recipe.build import Report, resolve
 from gruppo.recipe.session import read_recipe, restore
 from gruppo.record import RunDirectory
 from gruppo.train import Outcome, Run, TrainState, train
-from gruppo.types import Group
+from gruppo.types import Callback, Group
 from gruppo.update import Targets
 
 
@@ -62,6 +64,20 @@ def replay(path: Path, step: int, report: Report) -> int:
             raise ValueError(f"--replay {step}: {path} has steps 1 to {recipe.train.steps}")
         known = [number for number in checkpoint.steps(directory.checkpoints) if number < step]
         folder = directory.checkpoints / f"{known[-1]:08d}" if known else None
+    show = _Show(step, report)
+    with replaying(recipe, folder, report, until=step, callback=show) as (run, state):
+        outcome = _train_checked(run, state)
+    if outcome.state.step < step:
+        last, why = outcome.state.step, outcome.ended_by
+        raise ServiceError(f"replay: step {step} was not reached: it ended after {last} ({why})")
+    return 0
+
+
+@contextmanager
+def replaying(
+    recipe: Recipe, folder: Path | None, report: Report, *, until: int, callback: Callback
+) -> Iterator[tuple[Run, TrainState | None]]:
+    """A run that records nothing, from the checkpoint ``folder`` (None: the start) to ``until``."""
     torch.manual_seed(recipe.train.seed)
     parts = resolve(recipe, report)
     try:
@@ -74,17 +90,13 @@ def replay(path: Path, step: int, report: Report) -> int:
             engine=parts.opened.engine,
             rollouts=parts.rollouts,
             objective=parts.objective,
-            settings=replace(recipe.train, steps=step, time_limit_s=0),
+            settings=replace(recipe.train, steps=until, time_limit_s=0),
             keeper=Forgetful(),
-            callbacks=(_Show(step, report),),
+            callbacks=(callback,),
         )
-        outcome = _train_checked(run, state)
+        yield run, state
     finally:
         parts.close()
-    if outcome.state.step < step:
-        last, why = outcome.state.step, outcome.ended_by
-        raise ServiceError(f"replay: step {step} was not reached: it ended after {last} ({why})")
-    return 0
 
 
 def _train_checked(run: Run, state: TrainState | None) -> Outcome:

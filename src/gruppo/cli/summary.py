@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from gruppo.cli.written import printable
 from gruppo.evaluate import Evaluation, Graded
-from gruppo.train import Outcome
+from gruppo.train import Outcome, TrainState
 
 _SHOWN: Final = 2  # problems whose completions are shown
 _MAX_TEXT: Final = 400  # characters of a text worth showing
@@ -29,7 +30,7 @@ def summarise(outcome: Outcome, path: Path, sandboxes: Mapping[str, str]) -> str
         lines += show_changes(outcome.before.greedy, outcome.after.greedy)
     elif outcome.after is not None:
         lines += ["", *describe_evaluation(outcome.after)]
-    return "\n".join([*lines, "", *_next_commands(path)])
+    return "\n".join([*lines, "", *_next_commands(path), *_best_command(outcome.state, path)])
 
 
 def compare(before: Evaluation, after: Evaluation) -> Iterator[str]:
@@ -74,7 +75,7 @@ def _gain(old: Graded, new: Graded) -> float:
 
 
 def _short(text: str) -> str:
-    line = "\n    ".join(text.strip().splitlines())
+    line = "\n    ".join(map(printable, text.strip().splitlines()))
     return line if len(line) <= _MAX_TEXT else line[: _MAX_TEXT - 1] + "…"
 
 
@@ -86,3 +87,16 @@ def _next_commands(path: Path) -> list[str]:
         f"  gruppo eval {run} --set eval.samples=8  # pass@k on the held-out problems",
         f"  gruppo export weights {run} model     # a folder that transformers and vLLM load",
     ]
+
+
+def _best_command(state: TrainState, path: Path) -> Iterator[str]:
+    """How to take out the weights of the best evaluation, where those are not the last."""
+    if state.best is None or state.best_step in (0, state.step):
+        return
+    folder = f"{path}/checkpoints/{state.best_step:08d}"
+    if not Path(folder).is_dir():  # record.keep_best is off
+        return
+    yield (
+        f"  gruppo export weights {shlex.quote(str(path))} best --step {state.best_step}  # the "
+        f"best evaluation, {state.best:.3f}"
+    )

@@ -71,13 +71,17 @@ def show_findings(console: Console, findings: Sequence[Advised]) -> None:
         say(console, f"  fix: {finding.fix}")
 
 
-def printable(text: str) -> str:
-    r"""Text of unknown origin on one line: control and direction marks are spelled out.
+def printable(text: str, *, keep: str = "") -> str:
+    r"""Text of unknown origin: control and direction marks are spelled out, but those in ``keep``.
+
+    A model can write escape sequences too, which would move a terminal's cursor or set its title.
 
     >>> printable("a\u202eb\tc")
     'a\\u202eb\\tc'
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def write_json(path: Path, found: Any) -> None:

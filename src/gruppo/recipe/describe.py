@@ -5,6 +5,7 @@ Arithmetic only; it opens nothing. Token counts are upper bounds, because comple
 
 from __future__ import annotations
 
+from gruppo.objective import Objective, Reinforce
 from gruppo.recipe.answers import describe_check
 from gruppo.recipe.recipe import Recipe
 
@@ -53,9 +54,7 @@ def _updates(recipe: Recipe) -> list[str]:
     lines = [
         f"{_count(per_rollout, 'optimizer step')} per rollout ({train.inner_epochs} x "
         f"{train.minibatches} mini-batches of {size} whole groups), {train.num_updates:,} in all",
-        "strictly on-policy: ratios are 1 and clipping is inactive"
-        if per_rollout == 1
-        else "off-policy within a rollout: ratios move away from 1 and clipping is active",
+        _policy_words(objective, per_rollout),
         f"micro-batches of at most {train.tokens_per_microbatch:,} tokens: they bound memory and "
         "change nothing else",
         f"learning rate {optim.lr:g}, {optim.schedule} after {optim.warmup_steps} warm-up updates",
@@ -64,6 +63,22 @@ def _updates(recipe: Recipe) -> list[str]:
         lines.append("note: the warm-up is longer than the run; the full rate is never reached")
     passes = _passes(objective.needs_old(per_rollout), objective.needs_reference)
     return [*lines, f"forward passes besides training: {passes}"]
+
+
+def _policy_words(objective: Objective, per_rollout: int) -> str:
+    """How far the updates are from the policy that drew, and what the loss does about it."""
+    surrogate = objective.surrogate
+    clips = " and clipping is inactive" if surrogate.uses_clip else ""
+    if per_rollout == 1:
+        of = "1, but for the engine's mismatch" if surrogate.bypass else "1"
+        return f"strictly on-policy: ratios are {of}{clips}"
+    if isinstance(surrogate, Reinforce):
+        return (
+            "off-policy within a rollout, and this loss does not correct for it: it has no "
+            "importance ratio; train.minibatches = 1 and train.inner_epochs = 1 are meant for it"
+        )
+    bounded = "clipping is active" if surrogate.uses_clip else "the loss weighs by them"
+    return f"off-policy within a rollout: ratios move away from 1 and {bounded}"
 
 
 def _passes(old: bool, reference: bool) -> str:

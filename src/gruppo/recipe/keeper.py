@@ -8,7 +8,7 @@ generator, and trained weights that ``model/`` does not hold under their names) 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
@@ -33,7 +33,7 @@ from gruppo.update import Targets
 MODEL: Final = "model"
 _TENSORS: Final = "state.safetensors"
 _STATE: Final = "state.json"
-_RNG: Final = "rng"
+RNG: Final = "rng"
 _WEIGHT: Final = "model."  # prefix of the policy's own tensors that are trained weights
 _ADAMW_MOMENTS: Final = 2  # per trained weight, of its size
 _SAMPLES: Final = 20  # greedy completions kept of every evaluation, to show before and after
@@ -110,7 +110,7 @@ class RunKeeper:
         tensors, scalars = self.policy.state()
         there = {_WEIGHT + name for file in _weight_files(model) for name in tensor_names(file)}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in there}
-        write_tensors(folder / _TENSORS, {**tensors, _RNG: state.rng})
+        write_tensors(folder / _TENSORS, {**tensors, RNG: state.rng})
         write_json(folder / _STATE, {"policy": scalars, "train": _state_table(state)})
 
 
@@ -193,20 +193,25 @@ def read_checkpoint(folder: Path, policy: Policy, *, reference: bool = True) -> 
         ValueError: the checkpoint is of another model.
         OSError: a file is missing or damaged.
     """
-    tensors = read_tensors(folder / _TENSORS)
     stored = read_json(folder / _STATE)
     assert isinstance(stored, dict), "the manifest vouches for the file"
-    rng = tensors.pop(_RNG)
-    live = policy.state()[0]
-    for file in _weight_files(folder / MODEL):
-        found = {_WEIGHT + name: tensor for name, tensor in read_tensors(file).items()}
-        tensors |= {name: tensor for name, tensor in found.items() if name in live}
+    tensors = checkpoint_tensors(folder, policy.state()[0])
+    rng = tensors.pop(RNG)
     scalars = stored["policy"]
     if not reference:
         tensors = {name: t for name, t in tensors.items() if not name.startswith("reference.")}
         scalars = {**scalars, "reference_updates": 0}
     policy.restore(tensors, scalars)
     return _state_from(stored["train"], rng)
+
+
+def checkpoint_tensors(folder: Path, live: Container[str]) -> dict[str, Tensor]:
+    """A checkpoint's tensors by the policy's names (``live``), and torch's generator."""
+    tensors = read_tensors(folder / _TENSORS)
+    for file in _weight_files(folder / MODEL):
+        found = {_WEIGHT + name: tensor for name, tensor in read_tensors(file).items()}
+        tensors |= {name: tensor for name, tensor in found.items() if name in live}
+    return tensors
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -13,29 +13,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-_SECRET_WORDS = frozenset(
-    {
-        "APIKEY",
-        "AUTH",
-        "COOKIE",
-        "CREDENTIAL",
-        "CREDENTIALS",
-        "DSN",
-        "KEY",
-        "KEYS",
-        "PASS",
-        "PASSPHRASE",
-        "PASSWD",
-        "PASSWORD",
-        "PAT",
-        "PWD",
-        "SECRET",
-        "SECRETS",
-        "TOKEN",
-        "TOKENS",
-    }
-)
-_NOT_SECRET = frozenset({"PWD", "OLDPWD"})  # the shell's working directories
+from gruppo.secret import names_secret
+
 _MIN_LENGTH = 6  # shorter values ("1", "true", "none") would be replaced all over a text
 
 _PATTERNS = (
@@ -64,7 +43,7 @@ def secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     found = {
         value: name
         for name, value in values.items()
-        if len(value) >= _MIN_LENGTH and _names_secret(name) and not _is_path(value)
+        if len(value) >= _MIN_LENGTH and names_secret(name) and not _is_path(value)
     }
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
@@ -97,13 +76,6 @@ def scrub_values(value: object, environment: Mapping[str, str] | None = None) ->
             return [scrub_values(item, environment) for item in value]
         case _:
             return value
-
-
-def _names_secret(name: str) -> bool:
-    words = name.upper().split("_")
-    return name not in _NOT_SECRET and (
-        not _SECRET_WORDS.isdisjoint(words) or words[-1].endswith(("APIKEY", "PASSWORD", "TOKEN"))
-    )
 
 
 def _is_path(value: str) -> bool:

@@ -19,6 +19,7 @@ from gruppo.reward.control import Random
 from gruppo.reward.countdown import Countdown
 from gruppo.reward.environment import EnvironmentReward, ToolUse, score_sound, used_tools
 from gruppo.reward.grader import GradingModel
+from gruppo.reward.gym import ReasoningGym
 from gruppo.reward.judge import Judge, Pairwise, Verifier
 from gruppo.reward.language import LanguageConsistency
 from gruppo.reward.layout import Format, OpenR1Format, ReasoningSteps, TagCount
@@ -44,6 +45,7 @@ KINDS: dict[str, type] = {
     "exact": Exact,
     "format": Format,
     "function": Function,
+    "gym": ReasoningGym,
     "judge": Judge,
     "kimi_length": KimiLength,
     "language": LanguageConsistency,
@@ -93,6 +95,7 @@ __all__ = [
     "Part",
     "Ramp",
     "Random",
+    "ReasoningGym",
     "ReasoningSteps",
     "Regex",
     "Remote",

@@ -10,6 +10,7 @@ gruppo's own contract sees whole groups, and fails by the group.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,9 @@ class Function:
     (``contracts.detect``). ``form`` is how a TRL function gets prompts and completions: as "chat"
     messages or as "text". A call that takes longer than ``timeout_s`` seconds is killed; verl
     functions are called once per row, the others once with all rows. ``workers`` > 1 lets several
-    calls run side by side. What the function prints is dropped.
+    calls run side by side. What the function prints is dropped. The worker inherits the
+    environment without variables that look like secrets (``..._KEY``, ``..._TOKEN``), but those
+    that ``secrets`` names.
 
     Raises:
         ValueError: an empty name, a timeout or number of workers that is not positive.
@@ -51,6 +54,7 @@ class Function:
     form: Form = "chat"
     timeout_s: float = 60.0
     workers: int = 1
+    secrets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -65,8 +69,14 @@ class Function:
         """Start a worker, and return the contract that the function is called by.
 
         Raises:
-            ValueError: the function cannot be imported, or its contract cannot be told.
+            ValueError: the function cannot be imported, or its contract cannot be told, or a
+                variable that ``secrets`` names is not set.
         """
+        if missing := [name for name in self.secrets if name not in os.environ]:
+            raise ValueError(
+                f"reward function {self.name!r}: secrets = {list(self.secrets)}: {missing[0]} is "
+                "not set; export it, or leave it out"
+            )
         info = self._pool().start()
         if isinstance(info, Death):
             raise ValueError(f"reward function {self.name!r}: {info.text}")
@@ -110,7 +120,7 @@ class Function:
     def _pool(self) -> Pool:
         settings = {"name": self.name, "contract": self.contract, "form": self.form}
         setup = Setup(
-            handler="child_function.py", settings=json.dumps(settings), inherit_environment=True
+            handler="child_function.py", settings=json.dumps(settings), secrets=self.secrets
         )
         return pool(setup, self.workers)
 

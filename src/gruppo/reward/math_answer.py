@@ -109,9 +109,7 @@ class Math:
             "wall_s": 10 * self.cpu_s,
             "memory_bytes": int(self.memory_gib * 2**30),
         }
-        setup = Setup(
-            handler="child_math.py", settings=json.dumps(settings), inherit_environment=False
-        )
+        setup = Setup(handler="child_math.py", settings=json.dumps(settings), secrets=None)
         return pool(setup, self.workers)
 
     def _ask(self, pairs: Sequence[_Pair]) -> list[Value]:

@@ -27,6 +27,7 @@ from functools import cache
 from pathlib import Path
 
 from gruppo.reward.child import HEADER
+from gruppo.secret import names_secret
 
 _FOLDER = Path(__file__).parent
 # A reply holds numbers and short texts; more than this is a runaway.
@@ -58,11 +59,15 @@ class Death:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a worker runs: a handler file beside this one, its settings, and its environment."""
+    """What a worker runs: a handler file beside this one, its settings, and its environment.
+
+    ``secrets`` names the variables that it may read although their names say that they are secret;
+    it inherits all others too. None: it inherits nothing but what an interpreter needs.
+    """
 
     handler: str
     settings: str
-    inherit_environment: bool
+    secrets: tuple[str, ...] | None
 
 
 class Worker:
@@ -72,7 +77,7 @@ class Worker:
         """Start the process; it is ready once ``wait_ready`` has returned."""
         requests_out, self._requests = os.pipe()
         self._replies, replies_in = os.pipe()
-        environment = os.environ if setup.inherit_environment else _small_environment()
+        environment = _environment(setup.secrets)
         command = [sys.executable, "-P", str(_FOLDER / "child.py"), str(_FOLDER / setup.handler)]
         command += [setup.settings, json.dumps(sys.path), str(requests_out), str(replies_in)]
         try:
@@ -81,7 +86,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=dict(environment),
+                env=environment,
                 pass_fds=(requests_out, replies_in),
                 start_new_session=True,
             )
@@ -106,7 +111,9 @@ class Worker:
         self.kill()
         if isinstance(record, Death):
             return Death("start", record.code, f"the worker did not start ({record.kind})")
-        return Death("start", None, str(record.get("error", record))[:500])
+        error = record.get("error", record)
+        text = error.get("text", error) if isinstance(error, dict) else error
+        return Death("start", None, str(text)[:500])
 
     def ask(self, payload: bytes, seconds: float) -> Reply | Death:
         """Send one request and wait for its answer; the worker is dead after a Death."""
@@ -296,7 +303,9 @@ def pool(setup: Setup, size: int) -> Pool:
     return Pool(setup, size)
 
 
-def _small_environment() -> dict[str, str]:
-    """Return what an interpreter needs, and none of the user's secrets."""
+def _environment(secrets: tuple[str, ...] | None) -> dict[str, str]:
+    """Return a worker's environment: see ``Setup``."""
+    if secrets is not None:
+        return {n: v for n, v in os.environ.items() if n in secrets or not names_secret(n)}
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     return {**kept, "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}

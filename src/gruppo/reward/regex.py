@@ -106,7 +106,5 @@ class Regex:
     def _pool(self) -> Pool:
         flags = re.DOTALL | (re.IGNORECASE if self.ignore_case else 0)
         settings = {"full": self.full, "flags": int(flags), "cpu_s": _CPU_S}
-        setup = Setup(
-            handler="child_regex.py", settings=json.dumps(settings), inherit_environment=False
-        )
+        setup = Setup(handler="child_regex.py", settings=json.dumps(settings), secrets=None)
         return pool(setup, 1)

@@ -7,12 +7,13 @@ Whether an answer is right is not asked here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from gruppo.reward import Countdown, Exact, Math, Number
+from gruppo.reward import Countdown, Exact, Math, Number, RewardSet
 from gruppo.reward.extract import Where, after_thinking, find_answer, one_number
 from gruppo.reward.math_text import spelled_alike
+from gruppo.types import Score
 
 Ballot = Callable[[str], str | None]
 
@@ -39,6 +40,17 @@ def ballot(reward: object) -> Ballot | None:
             return lambda text: "".join(_text(text, where).split()) or None
         case _:
             return None
+
+
+def ballot_of(scores: Sequence[Score], reward: RewardSet) -> Ballot | None:
+    """How votes on a problem are read: as its task reward reads answers.
+
+    With several task rewards, that is the first which gave one of the completions a value.
+    """
+    names = reward.task_names
+    graded_by = (n for n in names if any(s.parts.get(n) is not None for s in scores))
+    name = next(graded_by, names[0])
+    return next(ballot(part.reward) for part in reward.parts if part.name == name)
 
 
 def _text(text: str, where: Literal["all"] | Where) -> str:
