@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from gruppo import plan
+from gruppo import native, plan
 from gruppo.engine import LocalEngine
 from gruppo.model import Lora, attach, fused, load
+from gruppo.model.decoder_pass import decoder_states, find_pass
 from gruppo.model.footprint import Shape, footprint
 from gruppo.model.logprob import packed_states
 from gruppo.recipe import load as load_recipe
@@ -47,12 +48,38 @@ def test_saved_activations_are_those_of_a_real_forward(tiny_folder, dtype, lora)
     assert found.trainable == sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.skipif(native.kernels() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_in_few_calls_keeps_what_is_counted(tiny_folder, dtype):
+    shape = Shape(prompts=[9, 4], group=3, completion=6)
+    found = footprint(str(tiny_folder), shape, compute=dtype)
+    model = load(str(tiny_folder)).model
+    decoder = find_pass(model)
+    assert decoder is not None
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    mixed = dtype == torch.bfloat16
+    with saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype, enabled=mixed):
+        decoder_states(decoder, shape.packed())
+    # 2 layers: 4 query heads and 2 key heads of 8, width 32, inner 64; joint copies are not hooked
+    joint = 2 * (32 * 64 + 32 * 128 + (32 * 32 + 64 * 32 if mixed else 0)) * dtype.itemsize
+    assert found.saved == pytest.approx(sum(kept.values()) + joint, rel=0.01)
+
+
 def test_checkpointing_keeps_less(tiny_folder):
     sizes = [
         footprint(
             str(tiny_folder),
             Shape(prompts=[9], group=3, completion=6),
             gradient_checkpointing=on,
+            thrift=False,
         ).saved
         for on in (False, True)
     ]

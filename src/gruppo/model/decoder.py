@@ -81,9 +81,13 @@ class _Unlike(Exception):
     """The model is built in another way."""
 
 
-def find_decoder(model: nn.Module) -> Decoder | None:
-    """The parts of ``model``; None if it has others, or more, or if anything is hooked onto it."""
+def find_decoder(model: nn.Module, *, device: str = "cpu") -> Decoder | None:
+    """The parts of ``model``, which is on ``device``.
+
+    None if it has others, or more, or if anything is hooked onto it.
+    """
     try:
+        _expect({p.device.type for p in model.parameters()} == {device})
         for module in model.modules():
             _expect(
                 not (module._forward_hooks or module._forward_pre_hooks)
@@ -101,7 +105,6 @@ def _decoder(model: nn.Module) -> Decoder:
     _expect(type(embedding) is nn.Embedding and embedding.max_norm is None)
     _expect(type(layers) is nn.ModuleList)
     assert isinstance(embedding, nn.Embedding)
-    _expect({p.device.type for p in model.parameters()} == {"cpu"})
     return Decoder(
         embedding=embedding,
         rotary=body["rotary_emb"],

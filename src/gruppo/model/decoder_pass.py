@@ -30,12 +30,13 @@ from gruppo.model.segments import Part, attend, attend_backward, cut
 _NUMBERS = (torch.float32, torch.bfloat16)
 
 
-def find_pass(model: nn.Module) -> Decoder | None:
+def find_pass(model: nn.Module, *, device: str = "cpu") -> Decoder | None:
     """The parts of a model whose packed rows can go this way as far as can be seen; else None.
 
-    Found anew for every pass: an adapter or a hook may have come.
+    Found anew for every pass: an adapter or a hook may have come. ``device`` "meta" asks what
+    would be on the CPU.
     """
-    decoder = find_decoder(model)
+    decoder = find_decoder(model, device=device)
     if decoder is None or native.kernels() is None:
         return None
     known = text_config(model).to_dict()
@@ -70,6 +71,22 @@ def decoder_states(decoder: Decoder, packing: Packing) -> Float[Tensor, "M E"]:
             hidden = _Layer.apply(hidden, rows, _Plan.of(layer), *layer.parameters())
         states, norm = hidden[packing.source], decoder.norm
         return nn.functional.rms_norm(states, states.shape[1:], norm.weight, norm.epsilon)
+
+
+def kept_bytes(decoder: Decoder, packing: Packing, *, dtype: torch.dtype, head_width: int) -> int:
+    """What a pass keeps for its backward pass; matrices are joint copies but where one is whole."""
+    rows, total, width = len(packing.ids), 0, decoder.embedding.embedding_dim
+    for layer in decoder.layers:
+        inner = layer.down[0].in_features
+        packed = sum(module.out_features for module in layer.query_key_value)
+        mixed = layer.out[0].in_features
+        # float32: two residual streams, a factor of each norm, a log-sum-exp a head
+        wide = 2 * width + 2 + mixed // head_width
+        total += rows * (dtype.itemsize * (packed + mixed + 2 * inner) + 4 * wide)
+        for group in (layer.query_key_value, layer.out, layer.gate_up, layer.down):
+            if len(group) > 1 or group[0].weight.dtype != dtype:
+                total += dtype.itemsize * sum(module.weight.numel() for module in group)
+    return total + len(packing.source) * 4 * (2 * width + 1)  # of the last norm
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -190,10 +207,12 @@ class _Joint:
         dtype: torch.dtype,
     ) -> _Joint:
         weights = [parameters[at].detach() for at, _ in places]
-        matrix = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1], dtype=dtype)
         sizes = tuple(map(len, weights))
-        for part, weight in zip(matrix.split(sizes), weights, strict=True):
-            part.copy_(weight)
+        matrix = weights[0]
+        if len(weights) > 1 or matrix.dtype != dtype:
+            matrix = matrix.new_empty(sum(sizes), matrix.shape[1], dtype=dtype)
+            for part, weight in zip(matrix.split(sizes), weights, strict=True):
+                part.copy_(weight)
         addends = [
             weight.new_zeros(len(weight)) if at is None else parameters[at].detach()
             for weight, (_, at) in zip(weights, places, strict=True)

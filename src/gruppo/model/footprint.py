@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from gruppo.model.adapter import Lora, attach
 from gruppo.model.attention import NAME
+from gruppo.model.decoder_pass import find_pass, kept_bytes
 from gruppo.model.logprob import packed_states
 from gruppo.model.packing import Packing, pack
 from gruppo.model.parts import causal, embedding, text_config
@@ -77,7 +78,8 @@ def footprint(
 ) -> Footprint:
     """Count for a forward of ``shape`` through the model ``name``.
 
-    ``thrift``: what ``thrift.py`` makes again is not counted (it acts on a CPU).
+    ``thrift``: as on a CPU, where ``thrift.py`` makes tensors again, and ``decoder_pass.py`` keeps
+    what it needs alone.
 
     Raises:
         ValueError, OSError: the model's configuration cannot be had.
@@ -91,6 +93,12 @@ def footprint(
     saved: dict[int, int] = {}
     with torch.device("meta"), quiet():
         model = _skeleton(config, lora, compute, gradient_checkpointing)
+    decoder = find_pass(model, device="meta") if thrift and not gradient_checkpointing else None
+    if decoder is not None:
+        known = {id(p): p for p in model.parameters()}
+        width = _head_width(text_config(model))
+        kept = kept_bytes(decoder, packing, dtype=compute, head_width=width)
+        return _count(model, known, kept, compute)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _pretend(model)
         weights = {_key(p): p for p in model.parameters()}
@@ -142,7 +150,7 @@ def _count(
     linears = {id(m.weight): m.weight for m in model.modules() if type(m) is nn.Linear}
     heads = config.num_key_value_heads if "num_key_value_heads" in config.to_dict() else None
     heads = heads or config.num_attention_heads
-    width = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    width = _head_width(config)
     item = 2 if compute == torch.bfloat16 else 4
     rows = len(embedding(model))
     return Footprint(
@@ -156,6 +164,10 @@ def _count(
         num_layers=config.num_hidden_layers,
         cache_per_token=2 * config.num_hidden_layers * heads * width * item,
     )
+
+
+def _head_width(config: PreTrainedConfig) -> int:
+    return config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
 
 
 def _key(tensor: Tensor) -> int:

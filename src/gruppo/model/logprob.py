@@ -63,11 +63,11 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
         prompts: B prompts, as token ids.
         tokens: Completion token ids; entries beyond ``length`` are ignored.
         length: Number of completion tokens in each row (0 is allowed).
-        temperature: The sampling temperature; ``entropy``: whether to compute entropies too.
+        temperature: The sampling temperature.
+        entropy: Whether to compute entropies too.
         packed: Compute each prompt once for its neighbouring rows; if :func:`can_pack`.
         fused: Packed rows in few calls a layer (``decoder_pass.py``); if :func:`can_fuse`.
-        chunk: Positions projected to the vocabulary at once (memory: chunk x V floats, and the
-            logits that ``fused.py`` keeps).
+        chunk: Positions projected to the vocabulary at once.
 
     Returns:
         float32 tensors [B, T] (float64 for a float64 model) on the model's device.

@@ -28,8 +28,12 @@ class Mask:
 
 
 def can_score(query: Tensor) -> bool:
-    """Whether there are kernels for attention with such queries."""
-    return query.device.type == "cpu" and query.dtype in _NAMES and kernels() is not None
+    """Whether there are kernels for attention with such queries.
+
+    Tensors of other classes than torch's own may have no memory to read (fake ones), or not all.
+    """
+    plain = type(query) is Tensor and query.device.type == "cpu"
+    return plain and query.dtype in _NAMES and kernels() is not None
 
 
 def softmax_scores(

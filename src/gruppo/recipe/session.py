@@ -90,12 +90,8 @@ def start(
     with ExitStack() as stack:
         parts = _resolve(stack, recipe, report)
         _check_space(parts, path)
-        asked = {key: value for key, value in _chosen(recipe) if value == "auto"}
-        meta: dict[str, object] = {"computing": computing()}
-        if asked:
-            meta["asked"] = asked
-        if boxes := _sandboxes(parts, report):
-            meta["sandbox"] = boxes
+        boxes = _sandboxes(parts, report)
+        meta = _meta(recipe, boxes)
         existed = path.exists()
         directory = stack.enter_context(RunDirectory.create(path, dump(parts.recipe), meta=meta))
         try:
@@ -175,6 +171,13 @@ def resume(
             state=state,
             sandboxes=boxes,
         )
+
+
+def _meta(recipe: Recipe, boxes: Mapping[str, str]) -> dict[str, object]:
+    """What run.json says of a run beside versions and platform."""
+    asked = {key: value for key, value in _chosen(recipe) if value == "auto"}
+    named = {"asked": asked, "sandbox": boxes}
+    return {"computing": computing(), **{key: value for key, value in named.items() if value}}
 
 
 def computing() -> dict[str, object]:
