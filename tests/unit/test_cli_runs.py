@@ -181,19 +181,23 @@ def test_replay_does_not_mind_the_time_limit(finished, tmp_path, capsys):
     assert "\nstep 3\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("step", [0, 5])
 @pytest.mark.parametrize(("count", "first"), [("2", 3), ("3", 1)])
 def test_steps_run_again_are_equal_to_the_last_bit(finished, capsys, count, first):
     """From the checkpoint of step 2, or from the start where none is old enough."""
-    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+
+    def written() -> dict[Path, int]:
+        # readers of a database touch what they share its lock in
+        files = (f for f in finished.rglob("*") if f.is_file() and not f.name.endswith("-shm"))
+        return {file: file.stat().st_mtime_ns for file in files}
+
+    before = written()
     assert main(["resume", str(finished), "--verify", count]) == 0
     shown = capsys.readouterr().err
     assert f"verifying steps {first} to 4" in shown
     found = re.search(r"equal to the last bit: (\d+) metrics", shown)
     per_step = len(metrics(finished)) - 2  # the task reward's and others are in every step
     assert int(found[1]) >= (5 - first) * per_step // 2
-    after = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
-    assert after == before
+    assert written() == before
 
 
 def test_the_first_difference_of_steps_run_again_is_named(finished, tmp_path, capsys):
@@ -213,6 +217,7 @@ def test_steps_that_the_run_has_not_are_not_verified(finished, capsys, count):
     assert f"--verify {count}: {finished} has 4 steps" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("step", [0, 5])
 def test_a_step_that_the_run_has_not_is_not_replayed(finished, capsys, step):
     assert main(["resume", str(finished), "--replay", str(step)]) == 2
     assert f"--replay {step}: {finished} has steps 1 to 4" in capsys.readouterr().err

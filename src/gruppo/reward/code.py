@@ -55,7 +55,7 @@ class Code:
     """The share of its tests that a completion's program passes.
 
     The program is the last fenced block after ``</think>`` (``extract = "all"``: all of the text
-    there); in the languages "c" and "cpp" the last that is marked as such, or not marked. Those are
+    there); with ``language`` "c" or "cpp" the last that is marked as such, or not marked. Those are
     compiled (``gcc`` or ``g++``, -O2, static) in one box and run in another, and have tests of
     standard input only; what does not compile scores the minimum. The tests stand in the problem's
     column ``column``, in one of the forms of ``code_tests``. ``score = "all"`` gives 1 only if
