@@ -1,8 +1,9 @@
 """Small programming tasks: write a Python function of a list or a number, in one to three steps.
 
 A task is a chain of operations ("keep the even numbers", "double each", "add them up"; of a number
-"multiply it by 3", "subtract 5"). Its tests are made by running the chain here, so they are right by construction; a reference program
-is the answer. The names, the wording and the numbers are drawn; no problem needs a download.
+"multiply it by 3", "subtract 5"). Its tests are made by running the chain here, so they are right
+by construction; a reference program is the answer. The names, the wording and the numbers are
+drawn; no problem needs a download.
 """
 
 from __future__ import annotations
@@ -185,9 +186,10 @@ class CodeTasks:
 
     ``info["tests"]`` holds the cases for the reward ``code``, as JSON; ``answer`` is a program that
     passes them. No input that the question shows is among them, so that repeating what it says of
-    that one earns nothing; now and then a list is empty. A constant answer is still right for single
-    cases: let the reward want all (``score = "all"``). The split key is the chain of operations
-    without numbers, wording or function name, so that no task of a held-out chain is in training.
+    that one earns nothing; now and then a list is empty. A constant answer is still right for
+    single cases of lists: let the reward want all (``score = "all"``). The split key is the chain
+    of operations without numbers, wording or function name, so that no task of a held-out chain is
+    in training.
 
     Args:
         steps: operations on the list, 1 to 3, before the result.
