@@ -18,7 +18,7 @@ from gruppo.lab.adapted import with_deadline, without_episodes
 from gruppo.lab.answers import others
 from gruppo.lab.attacks import ATTACKS, Kind, Target
 from gruppo.lab.layout import PLACE, USUAL, Layout
-from gruppo.reward import RewardSet
+from gruppo.reward import Code, RewardSet
 from gruppo.reward.answer import gold_text
 from gruppo.types import Completion, Problem, Score
 
@@ -63,6 +63,7 @@ class Examination:
     """What was scored. ``golden`` are scored among the attacks, ``alone`` by themselves.
 
     ``skipped`` are the reward's parts that read an episode, which no made completion has.
+    ``boxed_s`` is how long a program may run by the recipe's own limits; 0 if none is run.
     """
 
     layout: Layout
@@ -79,6 +80,7 @@ class Examination:
     seconds_per_row: float
     slowest: tuple[str, float]
     skipped: tuple[str, ...]
+    boxed_s: float
 
 
 def examine(
@@ -140,6 +142,10 @@ def examine(
         seconds_per_row=scorer.mean_seconds,
         slowest=scorer.slowest,
         skipped=skipped,
+        boxed_s=max(
+            (p.reward.sandbox.wall for p in reward.parts if isinstance(p.reward, Code)),
+            default=0.0,
+        ),
     )
 
 

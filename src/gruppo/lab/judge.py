@@ -339,15 +339,25 @@ def _differs(unequal: Unequal) -> str:
     return f"{unequal.name}: {unequal.first} then {unequal.then}"
 
 
+def _slow(seen: Examination) -> Iterator[Finding]:
+    """A completion that takes long; within a box's own limits that is as the recipe wants it."""
+    name, seconds = seen.slowest
+    if seconds <= _SLOW_S:
+        return
+    bounded = seconds <= seen.boxed_s
+    yield Finding(
+        severity="note" if bounded else "warning",
+        rule="slow",
+        text=f"{name} takes {seconds:.1f} s",
+        fix="lower the code part's sandbox.cpu_s if right programs need less"
+        if bounded
+        else "bound the work by the text's length, or set the function's workers",
+    )
+
+
 def _details(seen: Examination, threshold: float) -> Iterator[Finding]:
     """Slowness, languages, thinking without end, and completions that are paid for failing."""
-    if seen.slowest[1] > _SLOW_S:
-        yield Finding(
-            severity="warning",
-            rule="slow",
-            text=f"{seen.slowest[0]} takes {seen.slowest[1]:.1f} s",
-            fix="bound the work by the text's length, or set the function's workers",
-        )
+    yield from _slow(seen)
     asked = next((m for t in seen.targets if (m := _LANGUAGE.search(t.prompt))), None)
     foreign = [t for t in seen.trials if t.attack == "right, other language"]
     best = _best(seen, foreign)

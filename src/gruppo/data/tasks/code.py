@@ -11,12 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final
 
 from gruppo.data.keyed import Draws
 from gruppo.data.tasks.base import Item, check_choices, check_whole
-
-Subject = Literal["list", "number"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +158,7 @@ _ENDS_OF_A_NUMBER: Final = (
     _End("distance", ("its absolute value", "how far it is from 0"), "abs(x)", abs),
     _End("twice", ("twice that", "its double"), "2 * x", lambda x: 2 * x),
 )
-_SUBJECTS: Final[dict[Subject, _About]] = {
+_SUBJECTS: Final[dict[str, _About]] = {
     "list": _About(
         said="a list of whole numbers",
         result="the resulting list",
@@ -207,7 +205,7 @@ class CodeTasks:
     steps: int = 2
     cases: int = 6
     shown: int = 1
-    of: Subject = "list"
+    of: str = "list"
 
     def __post_init__(self) -> None:
         check_whole("steps", self.steps, least=1, most=3)
