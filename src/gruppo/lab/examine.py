@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
 
-from gruppo.lab.adapted import with_deadline, without_episodes
+from gruppo.lab.adapted import boxed_seconds, with_deadline, without_episodes
 from gruppo.lab.answers import others
 from gruppo.lab.attacks import ATTACKS, Kind, Target
 from gruppo.lab.layout import PLACE, USUAL, Layout
-from gruppo.reward import Code, RewardSet
+from gruppo.reward import RewardSet
 from gruppo.reward.answer import gold_text
 from gruppo.types import Completion, Problem, Score
 
@@ -115,9 +115,8 @@ def examine(
     singles, hung = _one_by_one(scorer, problems[0], texts[0])
     gave_up = len(hung) >= _MAX_HANGS
     for made in texts:
-        for key in list(made):
-            if key in hung or (gave_up and key not in singles):
-                del made[key]
+        for key in [k for k in made if k in hung or (gave_up and k not in singles)]:
+            del made[key]
     grouped = [
         _together(scorer, problem, layout.own(target.gold), made)
         for problem, target, made in zip(problems, targets, texts, strict=True)
@@ -142,10 +141,7 @@ def examine(
         seconds_per_row=scorer.mean_seconds,
         slowest=scorer.slowest,
         skipped=skipped,
-        boxed_s=max(
-            (p.reward.sandbox.wall for p in reward.parts if isinstance(p.reward, Code)),
-            default=0.0,
-        ),
+        boxed_s=boxed_seconds(reward),
     )
 
 

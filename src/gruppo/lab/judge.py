@@ -25,6 +25,7 @@ THRESHOLD: Final = 0.5
 _MORE: Final = 1.25  # the right answer said otherwise; a bonus for brevity may be a few per cent
 _LENGTH: Final = 0.1  # of the right answer's score, for a wrong answer at length
 _SLOW_S: Final = 1.0
+_BOUND: Final = "bound the work by the text's length, or set the function's workers"
 _MAX_WRONG: Final = 0.1  # golden pairs, as before training (recipe.answers)
 _EQUAL: Final = 1e-6
 _LANGUAGE: Final = re.compile(
@@ -339,25 +340,16 @@ def _differs(unequal: Unequal) -> str:
     return f"{unequal.name}: {unequal.first} then {unequal.then}"
 
 
-def _slow(seen: Examination) -> Iterator[Finding]:
-    """A completion that takes long; within a box's own limits that is as the recipe wants it."""
-    name, seconds = seen.slowest
-    if seconds <= _SLOW_S:
-        return
-    bounded = seconds <= seen.boxed_s
-    yield Finding(
-        severity="note" if bounded else "warning",
-        rule="slow",
-        text=f"{name} takes {seconds:.1f} s",
-        fix="lower the code part's sandbox.cpu_s if right programs need less"
-        if bounded
-        else "bound the work by the text's length, or set the function's workers",
-    )
-
-
 def _details(seen: Examination, threshold: float) -> Iterator[Finding]:
     """Slowness, languages, thinking without end, and completions that are paid for failing."""
-    yield from _slow(seen)
+    if seen.slowest[1] > _SLOW_S:
+        bounded = seen.slowest[1] <= seen.boxed_s  # as the recipe wants it
+        yield Finding(
+            severity="note" if bounded else "warning",
+            rule="slow",
+            text=f"{seen.slowest[0]} takes {seen.slowest[1]:.1f} s",
+            fix="lower sandbox.cpu_s if right programs need less" if bounded else _BOUND,
+        )
     asked = next((m for t in seen.targets if (m := _LANGUAGE.search(t.prompt))), None)
     foreign = [t for t in seen.trials if t.attack == "right, other language"]
     best = _best(seen, foreign)
