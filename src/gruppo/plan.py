@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from gruppo.model.classifier import classifier_bytes
 from gruppo.model.footprint import Footprint, Shape, footprint
 from gruppo.model.fused import kept_positions
 from gruppo.native import kernels
 from gruppo.recipe import Recipe
 from gruppo.recipe.build import pin
 from gruppo.recipe.problems import USUAL_PROMPT
+from gruppo.reward import RewardModel
 
 _GIB = 2**30
 _CHUNK = 512  # positions of which the head makes logits at once (model.logprob)
@@ -33,6 +35,8 @@ class MemoryPlan:
 
     ``process`` is Python with its libraries (on a CUDA device 0: the plan is the device's).
     ``kept`` is what the engine holds between its calls: keys, values and 16-bit weights, on CUDA.
+    ``judges`` are the weights of reward models on the policy's device, ``judging`` the largest of
+    their batches.
     """
 
     process: int
@@ -47,6 +51,8 @@ class MemoryPlan:
     kept: int
     drawing: int
     optimizer: int
+    judges: int
+    judging: int
 
     @property
     def sampling(self) -> int:
@@ -64,23 +70,34 @@ class MemoryPlan:
         return self._lasting + self.kept + self.gradients + self.optimizer
 
     @property
+    def scoring(self) -> int:
+        """While a reward model reads completions."""
+        return self._lasting + self.kept + self.judging
+
+    @property
     def peak(self) -> int:
-        """The most of the three."""
-        return max(self.sampling, self.training, self.updating)
+        """The most of the four."""
+        return max(self.sampling, self.training, self.updating, self.scoring)
 
     @property
     def _lasting(self) -> int:
-        return self.process + self.weights + self.moments + self.reference
+        return self.process + self.weights + self.moments + self.reference + self.judges
 
     def text(self) -> str:
         """The plan in one line."""
-        phases = {"sampling": self.sampling, "training": self.training, "update": self.updating}
+        phases = {
+            "sampling": self.sampling,
+            "scoring": self.scoring,
+            "training": self.training,
+            "update": self.updating,
+        }
         worst = max(phases, key=lambda name: phases[name])
         parts = {
             "weights": self.weights,
             "optimizer": self.moments,
             "gradients": self.gradients,
             "reference": self.reference,
+            "reward models": self.judges,
             "activations": self.activations + self.head,
             "keys and values": self.cache,
         }
@@ -125,6 +142,7 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
     cache = _cache(recipe, found, length)
     # a CPU's blocked copies, or 16-bit ones that a captured step reads
     packed = found.linears if model.device == "cpu" or compute == torch.bfloat16 else 0
+    judges, judging = _judges(recipe, model.device)
     return MemoryPlan(
         process=_resident() if model.device == "cpu" else 0,
         weights=found.weights,
@@ -138,7 +156,26 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
         kept=_kept(model.device, cache + packed),
         drawing=_rows(recipe) * found.vocabulary * _copies(model.device),
         optimizer=4 * found.largest,
+        judges=judges,
+        judging=judging,
     )
+
+
+def _judges(recipe: Recipe, device: str) -> tuple[int, int]:
+    """Weights of all reward models on ``device``, equal ones once, and their largest batch."""
+    reward = recipe.reward.build(max_tokens=recipe.rollout.max_tokens, device=device)
+    models = {part.reward for part in reward.parts if isinstance(part.reward, RewardModel)}
+    sizes = [
+        classifier_bytes(
+            model.name,
+            tokens=model.tokens_per_batch,
+            dtype=torch.bfloat16 if model.dtype == "bfloat16" else torch.float32,
+            revision=model.revision,
+        )
+        for model in models
+        if (model.device or "cpu") == device
+    ]
+    return sum(weights for weights, _ in sizes), max((batch for _, batch in sizes), default=0)
 
 
 def _kept(device: str, held: int) -> int:

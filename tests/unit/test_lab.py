@@ -1,6 +1,7 @@
 """The reward lab against rewards that were written before it: what it finds, where it is silent."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -158,6 +159,21 @@ def test_other_parts_must_not_outweigh_the_task():
     assert notes["total"] == "note"  # 4 of 5
     seen = examine(RewardSet((right, tags, long)), PROBLEMS["sums"], template=R1)
     assert {f.rule: f.severity for f in judge(seen)}["total"] == "error"
+
+
+def test_what_a_box_bounds_is_not_called_slow():
+    """The limit is the recipe's own: a note within it, a warning beyond."""
+    seen = examine(reward_of(case_of("exact_tag")), PROBLEMS["sums"], template=R1)
+    assert seen.boxed_s == 0
+    found = [
+        [
+            f.severity
+            for f in judge(replace(seen, slowest=("x", took), boxed_s=boxed))
+            if f.rule == "slow"
+        ]
+        for took, boxed in ((0.9, 0.0), (2.1, 0.0), (2.1, 20.0), (20.1, 20.0))
+    ]
+    assert found == [[], ["warning"], ["note"], ["warning"]]
 
 
 def test_an_unknown_layout_is_the_usual_one_that_scores_most():

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import LlamaConfig
 
 from gruppo import native, plan
 from gruppo.engine import LocalEngine
@@ -147,3 +148,26 @@ def test_parts_follow_the_recipe(tiny_folder):
     assert low.reference == 0
     assert low.moments == 2 * low.gradients < plain.moments / 4
     assert "memory: about" in plain.text()
+
+
+def test_reward_models_are_counted_once_where_the_policy_is(tiny_folder, tmp_path):
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_labels=1,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    # embedding, two layers of attention (4 squares), feed-forward (3 matrices) and norms, the end
+    count = 258 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 + 32
+    judged = f'{{name = "a", kind = "reward_model", model = "{tmp_path}", tokens_per_batch = 100}}'
+    halved = judged.replace('"a"', '"b"').replace("100", '50, dtype = "bfloat16"')
+    elsewhere = judged.replace('"a"', '"c"').replace("100", '100, device = "meta"')
+    again = judged.replace('"a"', '"d"')
+    parts = ", ".join((judged, halved, elsewhere, again))
+    found = plan.memory(
+        recipe(tiny_folder, f"reward={{task = 'a', parts = [{parts}]}}"), prompt_tokens=10
+    )
+    plain = plan.memory(recipe(tiny_folder), prompt_tokens=10)
+    assert (plain.judges, plain.judging) == (0, 0)
+    assert found.judges == count * (4 + 2)
+    assert found.judging == 100 * (6 * 32 + 3 * 64) * 4
+    assert found.training - found.process == plain.training - plain.process + found.judges

@@ -306,11 +306,43 @@ def test_code_tasks_do_not_pay_for_repeating_the_example(steps: int) -> None:
         share += sum(right) / len(right)
     assert every / 400 < 0.15  # score = "all", as in the recipe
     assert share / 400 < 0.35
-    assert load("code_tasks").reward.parts[0].score == "all"
+
+
+def test_constants_earn_little_of_number_tasks() -> None:
+    """The recipe pays for the share of cases: what the best constant of each problem would get."""
+    sources = load("code_tasks").data.train
+    assert [source.options["of"] for source in sources] == ["number", "number"]
+    best = []
+    for steps in (1, 2):
+        for index in range(400):
+            item = tasks.CodeTasks(steps=steps, of="number", shown=0)(seed=2, index=index)
+            values = [case["expected"] for case in json.loads(item.info["tests"])["cases"]]
+            best.append(max(map(values.count, values)) / len(values))
+    assert max(best) < 1
+    assert sum(best) / len(best) < 0.2  # 1 of 6 is the least
+
+
+def test_number_tasks_are_right_by_hand() -> None:
+    item = tasks.CodeTasks(steps=2, of="number")(seed=0, index=1)
+    assert item.question == (
+        "Write a Python function apply_steps(x) of a whole number: take 2 minus the number, then "
+        "change its sign, and return how far it is from 0.\n"
+        "Example: apply_steps(35) returns 33."
+    )
+    assert item.answer == ("def apply_steps(x):\n    x = 2 - x\n    x = -x\n    return abs(x)")
+    assert item.keys == ("from negate distance",)
+    cases = json.loads(item.info["tests"])["cases"]
+    assert cases[0] == {"args": [-6], "expected": 8}
+    with pytest.raises(ValueError, match="of: 'text' is unknown; use some of list, number"):
+        tasks.CodeTasks(of="text")
 
 
 def test_code_tasks_answers_pass_their_own_tests(reward: Code) -> None:
-    items = [tasks.CodeTasks(steps=n % 3 + 1)(seed=1, index=n) for n in range(12)]
+    items = [
+        tasks.CodeTasks(steps=n % 3 + 1, of=of)(seed=1, index=n)
+        for n in range(6)
+        for of in ("list", "number")
+    ]
     groups = [
         (Problem(id=str(n), prompt=(), info=item.info), [row(block(item.answer))])
         for n, item in enumerate(items)

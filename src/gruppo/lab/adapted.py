@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from gruppo.reward import (
+    Code,
     EnvironmentReward,
     Function,
     Judge,
@@ -62,6 +63,12 @@ def with_deadline(reward: RewardSet, seconds: float = DEADLINE_S) -> RewardSet:
     is read from memory says nothing of whether the model would give it twice.
     """
     return replace(reward, parts=tuple(_bounded(part, seconds) for part in reward.parts))
+
+
+def boxed_seconds(reward: RewardSet) -> float:
+    """How long a program of a completion may run by the recipe's limits; 0 if none is run."""
+    walls = (p.reward.sandbox.wall for p in reward.parts if isinstance(p.reward, Code))
+    return max(walls, default=0.0)
 
 
 def _bounded(part: Part, seconds: float) -> Part:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
 
-from gruppo.lab.adapted import with_deadline, without_episodes
+from gruppo.lab.adapted import boxed_seconds, with_deadline, without_episodes
 from gruppo.lab.answers import others
 from gruppo.lab.attacks import ATTACKS, Kind, Target
 from gruppo.lab.layout import PLACE, USUAL, Layout
@@ -63,6 +63,7 @@ class Examination:
     """What was scored. ``golden`` are scored among the attacks, ``alone`` by themselves.
 
     ``skipped`` are the reward's parts that read an episode, which no made completion has.
+    ``boxed_s`` is how long a program may run by the recipe's own limits; 0 if none is run.
     """
 
     layout: Layout
@@ -79,6 +80,7 @@ class Examination:
     seconds_per_row: float
     slowest: tuple[str, float]
     skipped: tuple[str, ...]
+    boxed_s: float
 
 
 def examine(
@@ -113,9 +115,8 @@ def examine(
     singles, hung = _one_by_one(scorer, problems[0], texts[0])
     gave_up = len(hung) >= _MAX_HANGS
     for made in texts:
-        for key in list(made):
-            if key in hung or (gave_up and key not in singles):
-                del made[key]
+        for key in [k for k in made if k in hung or (gave_up and k not in singles)]:
+            del made[key]
     grouped = [
         _together(scorer, problem, layout.own(target.gold), made)
         for problem, target, made in zip(problems, targets, texts, strict=True)
@@ -140,6 +141,7 @@ def examine(
         seconds_per_row=scorer.mean_seconds,
         slowest=scorer.slowest,
         skipped=skipped,
+        boxed_s=boxed_seconds(reward),
     )
 
 

@@ -25,6 +25,7 @@ THRESHOLD: Final = 0.5
 _MORE: Final = 1.25  # the right answer said otherwise; a bonus for brevity may be a few per cent
 _LENGTH: Final = 0.1  # of the right answer's score, for a wrong answer at length
 _SLOW_S: Final = 1.0
+_BOUND: Final = "bound the work by the text's length, or set the function's workers"
 _MAX_WRONG: Final = 0.1  # golden pairs, as before training (recipe.answers)
 _EQUAL: Final = 1e-6
 _LANGUAGE: Final = re.compile(
@@ -342,11 +343,12 @@ def _differs(unequal: Unequal) -> str:
 def _details(seen: Examination, threshold: float) -> Iterator[Finding]:
     """Slowness, languages, thinking without end, and completions that are paid for failing."""
     if seen.slowest[1] > _SLOW_S:
+        bounded = seen.slowest[1] <= seen.boxed_s  # as the recipe wants it
         yield Finding(
-            severity="warning",
+            severity="note" if bounded else "warning",
             rule="slow",
             text=f"{seen.slowest[0]} takes {seen.slowest[1]:.1f} s",
-            fix="bound the work by the text's length, or set the function's workers",
+            fix="lower sandbox.cpu_s if right programs need less" if bounded else _BOUND,
         )
     asked = next((m for t in seen.targets if (m := _LANGUAGE.search(t.prompt))), None)
     foreign = [t for t in seen.trials if t.attack == "right, other language"]

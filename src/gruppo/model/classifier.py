@@ -80,6 +80,28 @@ def load_classifier(
     )
 
 
+def classifier_bytes(
+    name: str, *, tokens: int, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> tuple[int, int]:
+    """Bytes of a classifier's weights, and of a batch of ``tokens`` in its widest layer.
+
+    From its configuration: nothing is loaded. A layer without gradients holds its input, a sum and
+    a normed copy, three more of attention, and three matrices as wide as its inner layer.
+
+    Raises:
+        ValueError, OSError: the configuration cannot be had.
+    """
+    source = locate(name)
+    with quiet(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    # linear layers of GPT-2's kind store their matrix turned round
+    widest = max(max(p.shape) for n, p in model.named_parameters() if ".layer" in n or ".h." in n)
+    width = config.get_text_config().hidden_size
+    weights = sum(p.nbytes for p in model.parameters())
+    return weights, tokens * (6 * width + 3 * widest) * dtype.itemsize
+
+
 @torch.no_grad()
 def logits(classifier: Classifier, rows: Sequence[Sequence[int]]) -> Float[Tensor, "B L"]:
     """Logits [B, labels] in float32 on the host, of token ``rows`` computed as one padded batch.

@@ -1,8 +1,9 @@
-"""Small programming tasks: write a Python function of a list of numbers, in one to three steps.
+"""Small programming tasks: write a Python function of a list or a number, in one to three steps.
 
-A task is a chain of operations on a list ("keep the even numbers", "double each", "add them up").
-Its tests are made by running the chain here, so they are right by construction; a reference program
-is the answer. The names, the wording and the numbers are drawn; no problem needs a download.
+A task is a chain of operations ("keep the even numbers", "double each", "add them up"; of a number
+"multiply it by 3", "subtract 5"). Its tests are made by running the chain here, so they are right
+by construction; a reference program is the answer. The names, the wording and the numbers are
+drawn; no problem needs a download.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from gruppo.data.keyed import Draws
-from gruppo.data.tasks.base import Item, check_whole
-
-Numbers = list[int]
+from gruppo.data.tasks.base import Item, check_choices, check_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +24,28 @@ class _Step:
     name: str
     said: tuple[str, ...]
     code: str
-    run: Callable[[Numbers, int], Numbers]
+    run: Callable[[Any, int], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """The last operation, which makes one number of the list."""
+    """The last operation, whose value is returned in place of ``x``."""
 
     name: str
     said: tuple[str, ...]
     code: str
-    run: Callable[[Numbers], int]
+    run: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _About:
+    """What functions are of: its name, that of what comes out, operations and their largest k."""
+
+    said: str
+    result: str
+    most: int
+    steps: tuple[_Step, ...]
+    ends: tuple[_End, ...]
 
 
 # "{k}" is a number drawn for the task.
@@ -126,24 +136,64 @@ _ENDS: Final = (
         lambda x: min(x, default=0),
     ),
 )
+_OF_A_NUMBER: Final = (
+    _Step("plus", ("add {k}", "increase it by {k}"), "x + {k}", lambda x, k: x + k),
+    _Step("minus", ("subtract {k}", "decrease it by {k}"), "x - {k}", lambda x, k: x - k),
+    _Step(
+        "times",
+        ("multiply it by {k}", "take {k} times the number"),
+        "x * {k}",
+        lambda x, k: x * k,
+    ),
+    _Step("square", ("square it", "multiply it by itself"), "x * x", lambda x, k: x * x),
+    _Step("negate", ("change its sign", "multiply it by -1"), "-x", lambda x, k: -x),
+    _Step(
+        "from",
+        ("subtract it from {k}", "take {k} minus the number"),
+        "{k} - x",
+        lambda x, k: k - x,
+    ),
+)
+_ENDS_OF_A_NUMBER: Final = (
+    _End("distance", ("its absolute value", "how far it is from 0"), "abs(x)", abs),
+    _End("twice", ("twice that", "its double"), "2 * x", lambda x: 2 * x),
+)
+_SUBJECTS: Final[dict[str, _About]] = {
+    "list": _About(
+        said="a list of whole numbers",
+        result="the resulting list",
+        most=5,
+        steps=_STEPS,
+        ends=_ENDS,
+    ),
+    "number": _About(
+        said="a whole number",
+        result="the result",
+        most=9,
+        steps=_OF_A_NUMBER,
+        ends=_ENDS_OF_A_NUMBER,
+    ),
+}
 _NAMES: Final = ("solve", "transform", "process", "compute", "work_out", "apply_steps")
 _EMPTY: Final = 12  # one graded list in so many is empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodeTasks:
-    """Write a function that does a few things to a list of whole numbers.
+    """Write a function that does a few things to a list of whole numbers, or to one number.
 
     ``info["tests"]`` holds the cases for the reward ``code``, as JSON; ``answer`` is a program that
-    passes them. No list that the question shows is among them, so that repeating what it says of
-    that one earns nothing; now and then one is empty. A constant answer is still right for single
-    cases: let the reward want all (``score = "all"``). The split key is the chain of operations
-    without numbers, wording or function name, so that no task of a held-out chain is in training.
+    passes them. No input that the question shows is among them, so that repeating what it says of
+    that one earns nothing; now and then a list is empty. A constant answer is still right for
+    single cases of lists: let the reward want all (``score = "all"``). The split key is the chain
+    of operations without numbers, wording or function name, so that no task of a held-out chain is
+    in training.
 
     Args:
         steps: operations on the list, 1 to 3, before the result.
         cases: test cases, 2 to 20.
         shown: further cases, at most 5, that the question shows as examples.
+        of: "list" or "number" (easier): what the function is given.
 
     >>> item = CodeTasks()(seed=0, index=0)
     >>> "def " in item.answer and item.info["tests"].startswith('{"function"')
@@ -155,58 +205,66 @@ class CodeTasks:
     steps: int = 2
     cases: int = 6
     shown: int = 1
+    of: str = "list"
 
     def __post_init__(self) -> None:
         check_whole("steps", self.steps, least=1, most=3)
         check_whole("cases", self.cases, least=2, most=20)
         check_whole("shown", self.shown, least=0, most=5)
+        check_choices("of", [self.of], tuple(_SUBJECTS))
 
     def __call__(self, seed: int, index: int) -> Item:
         """Return task ``index`` of the sequence under ``seed``."""
-        draws = Draws("code_tasks", seed, index)
-        steps = [(step, draws.between(2, 5)) for step in draws.pick(_STEPS, self.steps)]
-        end = draws.choice((None, *_ENDS))
+        draws, about = Draws("code_tasks", seed, index), _SUBJECTS[self.of]
+        steps = [
+            (step, draws.between(2, about.most)) for step in draws.pick(about.steps, self.steps)
+        ]
+        end = draws.choice((None, *about.ends))
         name = draws.choice(_NAMES)
         said = [draws.choice(step.said).format(k=k) for step, k in steps]
-        result = "the resulting list" if end is None else draws.choice(end.said)
+        result = about.result if end is None else draws.choice(end.said)
 
-        def run(numbers: Numbers) -> Numbers | int:
+        def run(x: Any) -> Any:
             for step, k in steps:
-                numbers = step.run(numbers, k)
-            return numbers if end is None else end.run(numbers)
+                x = step.run(x, k)
+            return x if end is None else end.run(x)
 
         inputs = self._inputs(draws)
-        cases = [
-            {"args": [numbers], "expected": run(list(numbers))} for numbers in inputs[self.shown :]
-        ]
+        cases = [{"args": [value], "expected": run(value)} for value in inputs[self.shown :]]
         shown = "".join(
-            f"\nExample: {name}({numbers}) returns {run(list(numbers))}."
-            for numbers in inputs[: self.shown]
+            f"\nExample: {name}({value}) returns {run(value)!r}." for value in inputs[: self.shown]
         )
         return Item(
             question=(
-                f"Write a Python function {name}(x) of a list of whole numbers: "
+                f"Write a Python function {name}(x) of {about.said}: "
                 f"{', then '.join(said)}, and return {result}.{shown}"
             ),
             answer=_program(name, steps, end),
-            keys=(" ".join([*(step.name for step, _ in steps), end.name if end else "list"]),),
+            keys=(" ".join([*(step.name for step, _ in steps), end.name if end else self.of]),),
             info={"tests": json.dumps({"function": name, "cases": cases})},
         )
 
-    def _inputs(self, draws: Draws) -> list[Numbers]:
-        """Lists that all differ: first those that are shown, then those that are graded."""
-        found: list[Numbers] = []
+    def _inputs(self, draws: Draws) -> list[Any]:
+        """Inputs that all differ: first those that are shown, then those that are graded."""
+        found: list[Any] = []
         while len(found) < self.shown + self.cases:
-            empty = len(found) >= self.shown and draws.below(_EMPTY) == 0
-            numbers = [] if empty else _numbers(draws)
-            if numbers not in found:
-                found.append(numbers)
+            graded = len(found) >= self.shown
+            value = _number(draws) if self.of == "number" else _list(draws, may_be_empty=graded)
+            if value not in found:
+                found.append(value)
         return found
 
 
-def _numbers(draws: Draws) -> Numbers:
+def _list(draws: Draws, *, may_be_empty: bool) -> list[int]:
     """A list with some repetitions and some order, so that each operation shows."""
+    if may_be_empty and draws.below(_EMPTY) == 0:
+        return []
     return [draws.between(-5, 12) for _ in range(draws.between(2, 10))]
+
+
+def _number(draws: Draws) -> int:
+    """A number of one or two digits, of either sign."""
+    return draws.between(-20, 40)
 
 
 def _program(name: str, steps: Sequence[tuple[_Step, int]], end: _End | None) -> str:
