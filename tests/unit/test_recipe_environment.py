@@ -199,7 +199,7 @@ def test_the_reward_test_asks_the_environment_for_prompts(folder, tmp_path, caps
 
 
 def chat_with(folder, monkeypatch, typed, use, limit="40"):
-    """The exit code of a chat in which ``typed`` is typed, and what the model was given, decoded."""
+    """The exit code of a chat in which ``typed`` is typed, and what the model was given."""
     lines = iter(typed)
     monkeypatch.setattr("builtins.input", lambda *_: next(lines, ""))
     given, generate = [], LocalEngine.generate

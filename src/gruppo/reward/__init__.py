@@ -35,6 +35,7 @@ from gruppo.reward.shape import (
     Repetition,
     SoftOverlong,
 )
+from gruppo.reward.verifiers import Verifiers
 
 KINDS: dict[str, type] = {
     "code": Code,
@@ -62,6 +63,7 @@ KINDS: dict[str, type] = {
     "tag_count": TagCount,
     "tool_use": ToolUse,
     "verifier": Verifier,
+    "verifiers": Verifiers,
 }
 SHAPE_KINDS = frozenset(
     {"cosine_length", "kimi_length", "linear_length", "repetition", "soft_overlong"}
@@ -105,6 +107,7 @@ __all__ = [
     "TagCount",
     "ToolUse",
     "Verifier",
+    "Verifiers",
     "refused",
     "score_sound",
     "ungraded",
