@@ -88,9 +88,10 @@ def test_every_turn_is_what_was_drawn_after_all_that_stands_before_it(loaded, pl
     """Cut at the mask: the model was given exactly what stands before a turn, and drew the turn."""
     call = [Call("calculator", {"expression": "2**9"})]
     monkeypatch.setattr("gruppo.environment.tools.find_calls", lambda text, form: call)
-    for groups, engine in (played, play(loaded, "c", environment=Calculator())):
+    # the tool's schema, in bytes, leaves room for two turns
+    for most, (groups, engine) in (3, played), (2, play(loaded, "c", environment=Calculator())):
         turns = [row.interaction.turns for group in groups for row in group.completions]
-        assert max(turns) == 3
+        assert max(turns) == most
         for group in groups:
             for row in group.completions:
                 found = cut(group.prompt_tokens, row)

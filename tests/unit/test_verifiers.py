@@ -157,7 +157,7 @@ REFUSED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "reason"), enumerate(REFUSED))
+@pytest.mark.parametrize(("number", "reason"), list(enumerate(REFUSED)))
 def test_task_sets_that_need_more_than_a_turn_are_refused(module, number, reason):
     body = textwrap.indent(textwrap.dedent(REFUSED[reason]), "    ")
     text = SUMS.replace("    @vf.reward\n", f"{body}\n    @vf.reward\n", 1)
