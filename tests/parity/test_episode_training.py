@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gruppo.engine import LocalEngine
-from gruppo.environment import Episodes, GuessingGame, Limits
+from gruppo.environment import Calculator, Episodes, GuessingGame, Limits
+from gruppo.environment.calls import Call
 from gruppo.model import Encoder, load
 from gruppo.objective import Live, compute_loss
 from gruppo.reward import Part, Random, RewardSet
@@ -36,7 +37,7 @@ class Recording:
     def generate(self, requests, sampling):
         drawn = self.engine.generate(requests, sampling)
         for request, rows in zip(requests, drawn, strict=True):
-            self.seen += [(*request.tokens, *row.tokens) for row in rows]
+            self.seen += [(request.tokens, row.tokens) for row in rows]
         return drawn
 
     def load(self, weights, version): ...
@@ -44,15 +45,18 @@ class Recording:
     def close(self): ...
 
 
-def play(loaded, names, samples=3):
+def play(loaded, names, samples=3, environment=None):
     """Groups of completions by problem, and the engine that drew them."""
-    encoder = Encoder(loaded.tokenizer)
+    environment = environment or GuessingGame()
+    encoder = Encoder(
+        loaded.tokenizer, tools=environment.tools, instructions=environment.instructions
+    )
     engine = Recording(
         LocalEngine(loaded.model, encoder.decode, pad_token=encoder.pad_token, max_rows=5)
     )
     made = Episodes(
         engine=engine,
-        environment=GuessingGame(),
+        environment=environment,
         encoder=encoder,
         limits=Limits(max_turns=3),
         context=512,
@@ -80,17 +84,29 @@ def played(loaded):
     return play(loaded, "ab")
 
 
-def test_every_completion_is_what_the_model_was_given_last(played):
-    groups, engine = played
-    turns = [row.interaction.turns for group in groups for row in group.completions]
-    assert max(turns) == 3
-    for group in groups:
-        for row in group.completions:
-            whole = (*group.prompt_tokens, *row.tokens)
-            assert whole in engine.seen
-            # and every call before it was given a beginning of the same ids
-            parts = [seen for seen in engine.seen if whole[: len(seen)] == seen]
-            assert len(parts) >= row.interaction.turns
+def test_every_turn_is_what_was_drawn_after_all_that_stands_before_it(loaded, played, monkeypatch):
+    """Cut at the mask: the model was given exactly what stands before a turn, and drew the turn."""
+    call = [Call("calculator", {"expression": "2**9"})]
+    monkeypatch.setattr("gruppo.environment.tools.find_calls", lambda text, form: call)
+    # the tool's schema, in bytes, leaves room for two turns
+    for most, (groups, engine) in (3, played), (2, play(loaded, "c", environment=Calculator())):
+        turns = [row.interaction.turns for group in groups for row in group.completions]
+        assert max(turns) == most
+        for group in groups:
+            for row in group.completions:
+                found = cut(group.prompt_tokens, row)
+                assert len(found) == row.interaction.turns
+                assert set(found) <= set(engine.seen)
+
+
+def cut(prompt, row):
+    """The turns of a completion: what stands before each, and its tokens."""
+    starts = [at for at, own in enumerate(row.mask) if own and (at == 0 or not row.mask[at - 1])]
+    found = []
+    for start in starts:
+        end = next((at for at in range(start, len(row.mask)) if not row.mask[at]), len(row.mask))
+        found.append(((*prompt, *row.tokens[:start]), row.tokens[start:end]))
+    return found
 
 
 def test_log_probabilities_are_those_of_one_forward_over_the_whole(loaded, played):

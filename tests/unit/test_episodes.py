@@ -3,10 +3,12 @@
 import math
 import sys
 import threading
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
-from gruppo.environment import Episodes, Limits, Reply
+from gruppo.environment import Episodes, Limits, Reply, watched
 from gruppo.types import Interaction, Message, Request, Sampling
 from support.dialogues import END, Letters, Script, Talk, problem, same
 
@@ -74,6 +76,14 @@ def test_later_turns_have_streams_of_their_own():
     assert [r.max_tokens for r in again] == [35, 35]
 
 
+def test_a_turn_may_take_its_own_limit_or_what_is_left():
+    """40 in all; a turn and its answer take 5."""
+    _, engine, _ = draw([["a", "b"]], {"a": "!"}, max_turn_tokens=36)
+    assert [r.max_tokens for asked in engine.asked for r in asked] == [36, 35]
+    _, engine, _ = draw([["a", "b"]], {"a": "!"}, max_turn_tokens=20)
+    assert [r.max_tokens for asked in engine.asked for r in asked] == [20, 20]
+
+
 def test_a_turn_cut_by_a_stop_string_is_closed_for_the_model_but_not_trained():
     (row,), _, _ = draw([["ab|", "c"]], {"ab": "!"})
     assert row.tokens == (*ids("ab"), END, 1, *ids("!"), 2, *ids("c"), END)
@@ -111,6 +121,7 @@ class _Listening:
         (["a", "a", "a"], {"max_turns": 2}, "turns", "limit", 7),
         (["abc…"], {}, "length", "length", 3),
         (["a", "bc…"], {}, "length", "length", 7),
+        (["abcd", "b"], {"max_turn_tokens": 3}, "length", "length", 3),
         (["a", "bcdef"], {"max_turn_tokens": 3}, "length", "length", 8),
         # two of the turn, three of the answer: five leave no token for the next turn
         (["a", "b"], {"sampling": Sampling(max_tokens=5)}, "tokens", "limit", 2),
@@ -178,6 +189,26 @@ def test_an_environment_that_hangs_is_left_behind():
     assert [row.finish for row in rows] == ["error", "stop"]
     assert rows[0].interaction.error == "reply: timeout: no answer in time"
     release.set()
+
+
+def test_every_call_has_all_its_seconds(monkeypatch):
+    """Two at once, begun at 100, 107 and 114 s: each may take 30 s from there."""
+    clock, deadlines = [100.0], []
+
+    class Instant:
+        def __init__(self, function):
+            self.value = function()
+
+        def wait(self, deadline):
+            deadlines.append(deadline)
+            clock[0] += 3.5
+            return self.value
+
+    monkeypatch.setattr(watched, "_Call", Instant)
+    monkeypatch.setattr(watched, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    functions = [partial(int, n) for n in range(5)]
+    assert watched.call_all(functions, seconds=30.0, workers=2) == [0, 1, 2, 3, 4]
+    assert deadlines == [130.0, 130.0, 137.0, 137.0, 144.0]
 
 
 def test_workers_are_asked_at_once():

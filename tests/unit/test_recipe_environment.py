@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import byte_tokenizer, tiny_config
 from gruppo.cli import lab, main
+from gruppo.engine import LocalEngine
 from gruppo.environment import Calculator, Reply, TrlEnvironment
+from gruppo.environment.calls import Call
 from gruppo.preflight import sample
 from gruppo.recipe import load
 from gruppo.recipe.build import resolve
@@ -74,7 +76,7 @@ def test_without_a_use_completions_are_one_turn():
 def test_environments_by_kind_by_path_and_of_trl():
     tool = load("tool_use").environment
     assert tool.open() == Calculator()
-    assert (tool.limits().max_turns, tool.limits().max_turn_tokens) == (3, 64)
+    assert (tool.limits().max_turns, tool.limits().max_turn_tokens) == (3, 56)
     own = load("quickstart", [f'environment.use={{kind = "{__name__}:Once", word = "more"}}'])
     episode = own.environment.open().start(problem())
     assert episode.reply("", ()).messages == (Message("user", "more"),)
@@ -194,3 +196,53 @@ def test_the_reward_test_asks_the_environment_for_prompts(folder, tmp_path, caps
     assert found["length"]["count"] == 2
     prompt = next(made for made in found["attacks"] if made["attack"] == "the prompt")
     assert prompt["text"].endswith(" Go.")
+
+
+def chat_with(folder, monkeypatch, typed, use, limit="40"):
+    """The exit code of a chat in which ``typed`` is typed, and what the model was given."""
+    lines = iter(typed)
+    monkeypatch.setattr("builtins.input", lambda *_: next(lines, ""))
+    given, generate = [], LocalEngine.generate
+
+    def recording(self, requests, sampling):
+        given.extend(byte_tokenizer().decode(r.tokens) for r in requests)
+        return generate(self, requests, sampling)
+
+    monkeypatch.setattr(LocalEngine, "generate", recording)
+    settings = [f"environment.use={use}", f"rollout.max_tokens={limit}"]
+    settings.append(f"rollout.stop={list(string.ascii_letters)}")
+    code = main(["chat", str(folder), *(x for value in settings for x in ("--set", value))])
+    return code, given
+
+
+def test_a_chat_with_an_environment_is_answered_by_it(folder, monkeypatch, capsys):
+    """Each typed line is a first turn, an answer and a second turn; the next one sees them all."""
+    use = f'{{kind = "{__name__}:Once", word = "go 1"}}'
+    code, given = chat_with(folder, monkeypatch, ["one", "two"], use, limit="400")
+    shown = capsys.readouterr().out
+    assert code == 0
+    assert shown.count("[user] go 1\n") == 2
+    assert [text.count("go 1") for text in given] == [0, 1, 1, 2]
+    assert [text.count("assistant\n") for text in given] == [1, 2, 3, 4]
+    assert [(text.count("one"), text.count("two")) for text in given] == [(1, 0)] * 2 + [(1, 1)] * 2
+
+
+def test_a_chat_shows_what_tools_answer(folder, monkeypatch, capsys):
+    """The template takes no tools: their results go back to it as they do in training."""
+    monkeypatch.setattr(
+        "gruppo.environment.tools.find_calls",
+        lambda text, form: [] if calls.pop() else [Call("calculator", {"expression": "2**64"})],
+    )
+    calls = [True, True, False]  # a call, an answer; then an answer
+    code, given = chat_with(folder, monkeypatch, ["one", "two"], '{kind = "calculator"}', "400")
+    assert code == 0
+    assert capsys.readouterr().out.count("[tool] 18446744073709551616\n") == 1
+    told = "user\n<tool_response>\n18446744073709551616\n</tool_response><|im_end|>\n"
+    assert [text.count(told) for text in given] == [0, 1, 1]
+    assert "user\ntwo<|im_end|>\n" in given[2]
+
+
+def test_a_chat_that_an_environment_cannot_hold_is_refused(folder, monkeypatch, capsys):
+    code, _ = chat_with(folder, monkeypatch, ["7"], '{kind = "guessing_game"}')
+    assert code == 2
+    assert "answer None is no whole number to guess" in capsys.readouterr().err

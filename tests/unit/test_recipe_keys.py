@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from gruppo.data.sources import Gym, Hub, Jsonl, Parquet, TaskSource, Verl
+from gruppo.data.sources import Gym, Hub, Jsonl, Parquet, TaskSource, Verifiers, Verl
 from gruppo.evaluate import EvalSettings
 from gruppo.objective import (
     ExcludeBefore,
@@ -40,7 +40,7 @@ def records_in(annotation: object, found: dict[str, type]) -> dict[str, type]:
 
 def test_every_key_is_explained_in_the_docstring_of_its_record():
     records = records_in(Recipe, {})
-    for flat in (*KINDS.values(), Gym, Hub, Jsonl, Parquet, TaskSource, Verl):
+    for flat in (*KINDS.values(), Gym, Hub, Jsonl, Parquet, TaskSource, Verifiers, Verl):
         records_in(flat, records)
     assert len(records) > 60
     silent = [

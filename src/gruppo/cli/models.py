@@ -10,16 +10,24 @@ from rich.console import Console
 
 from gruppo.cli.summary import describe_evaluation
 from gruppo.cli.written import printable
+from gruppo.engine.base import SingleTurn
 from gruppo.interrupt import ending_with
 from gruppo.model import CATALOG, cache_folder
 from gruppo.model.packaged import quiet
 from gruppo.model.parts import context_length
 from gruppo.recipe import Recipe, load
-from gruppo.recipe.build import Opened, Report, make_evaluator, open_model, open_rewards
+from gruppo.recipe.build import (
+    Opened,
+    Report,
+    make_evaluator,
+    make_sampler,
+    open_model,
+    open_rewards,
+)
 from gruppo.recipe.problems import open_problems, prompt_limit
 from gruppo.recipe.trained import is_run, open_trained
 from gruppo.record import Database, RunDirectory, export_samples
-from gruppo.types import Message, Request
+from gruppo.types import Message, Problem, Request
 
 
 def evaluate(
@@ -81,15 +89,24 @@ def export_stored_samples(run: Path, output: Path, *, report: Report) -> int:
 def chat(
     target: str, prompt: str | None, settings: Iterable[str], *, console: Console, report: Report
 ) -> int:
-    """Talk to a run's model, or to any model; with ``prompt`` answer once."""
+    """Talk to a run's model, or to any model; with ``prompt`` answer once.
+
+    An environment of the run answers the model's turns as in training; what it says is shown with
+    its role before it.
+
+    Raises:
+        ValueError: the environment cannot be talked to (a game that needs a problem's answer, say).
+    """
     recipe, opened = _open_for_chat(target, settings, report)
     said: tuple[Message, ...] = ()
     try:
         for turn, text in enumerate([prompt] if prompt is not None else _lines(console)):
             said = (*said, Message("user", text))
-            answer = _answer(opened, recipe, said, turn)
-            said = (*said, Message("assistant", answer))
-            _say(console, printable(answer, keep="\n\t"))
+            for message in _answer(opened, recipe, said, turn):
+                said = (*said, message)
+                own = message.role == "assistant"
+                text = message.content if own else f"[{message.role}] {message.content}"
+                _say(console, printable(text, keep="\n\t"))
     finally:
         opened.engine.close()
     return 0
@@ -118,10 +135,25 @@ def _lines(console: Console) -> Iterator[str]:
         yield text
 
 
-def _answer(opened: Opened, recipe: Recipe, said: tuple[Message, ...], turn: int) -> str:
-    request = Request(tokens=opened.encoder.encode(said), num_samples=1, key=(0, turn))
+def _answer(
+    opened: Opened, recipe: Recipe, said: tuple[Message, ...], turn: int
+) -> tuple[Message, ...]:
+    """The model's turn; with an environment all turns until it is the user's again."""
+    problem = Problem(id=f"chat/{turn}", prompt=said)
+    if opened.environment is not None:
+        problem = replace(problem, prompt=opened.environment.prompt(problem))
+    request = Request(tokens=opened.encoder.encode(problem.prompt), num_samples=1, key=(0, turn))
+    sampler = make_sampler(recipe, opened) or SingleTurn(opened.engine)
     sampling = recipe.rollout.sampling(opened.encoder.stop_tokens)
-    return opened.engine.generate([request], sampling)[0][0].text
+    ((row,),) = sampler.draw([problem], [request], sampling)
+    if row.interaction is None:
+        return (Message("assistant", row.text),)
+    if row.interaction.error is not None:
+        raise ValueError(
+            f"environment.use: {row.interaction.error}. In a chat it gets what you type and no "
+            "more: no answer of a problem and no columns"
+        )
+    return row.interaction.messages
 
 
 def list_models(console: Console) -> int:

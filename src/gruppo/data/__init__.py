@@ -11,6 +11,7 @@ from gruppo.data.split import Problems, View, fitting, partition, split
 from gruppo.data.stream import Curriculum, ProblemStream
 from gruppo.data.streamed import StreamedProblems
 from gruppo.data.tasks import TASKS, Item, Task, WordProblems
+from gruppo.data.verifiers import Verifiers
 
 __all__ = [
     "TASKS",
@@ -29,6 +30,7 @@ __all__ = [
     "StreamedProblems",
     "Task",
     "TaskSource",
+    "Verifiers",
     "Verl",
     "View",
     "WordProblems",

@@ -18,6 +18,7 @@ from gruppo.data.split import SPLIT_KEY, Problems
 from gruppo.data.streamed import StreamedProblems
 from gruppo.data.tasks import TASKS
 from gruppo.data.tasks.base import Item, Task
+from gruppo.data.verifiers import Verifiers
 from gruppo.types import Problem
 
 _FORBID = {"extra": "forbid"}
@@ -353,7 +354,7 @@ def _plain_readers(rows: Iterable[Row]) -> Iterator[tuple[str, Reader]]:
         yield f"row {number}", lambda row=row: (row, lambda: row)
 
 
-DataSource = Jsonl | Parquet | Verl | Hub | Gym | TaskSource
+DataSource = Jsonl | Parquet | Verl | Hub | Gym | Verifiers | TaskSource
 
 
 def load(source: DataSource) -> Problems:

@@ -85,7 +85,10 @@ class Encoder:
         """
         if not self.chat:
             return "\n\n".join(message.content for message in messages)
-        turns = [{"role": m.role, "content": m.content} for m in self._instructed(messages)]
+        shown = self._instructed(messages)
+        if self._instructions:  # the template knows no tools: neither does it know their results
+            shown = self._told(shown)
+        turns = [{"role": m.role, "content": m.content} for m in shown]
         opened = bool(turns) and turns[-1]["role"] == "assistant"
         return self._template(
             turns, add_generation_prompt=not opened, continue_final_message=opened

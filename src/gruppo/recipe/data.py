@@ -20,6 +20,7 @@ SOURCES: Final = (
     sources.Verl,
     sources.Hub,
     sources.Gym,
+    sources.Verifiers,
     sources.TaskSource,
 )
 """Kinds of sources that a recipe may name."""

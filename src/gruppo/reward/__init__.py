@@ -36,6 +36,7 @@ from gruppo.reward.shape import (
     Repetition,
     SoftOverlong,
 )
+from gruppo.reward.verifiers import Verifiers
 
 KINDS: dict[str, type] = {
     "code": Code,
@@ -64,6 +65,7 @@ KINDS: dict[str, type] = {
     "tag_count": TagCount,
     "tool_use": ToolUse,
     "verifier": Verifier,
+    "verifiers": Verifiers,
 }
 SHAPE_KINDS = frozenset(
     {"cosine_length", "kimi_length", "linear_length", "repetition", "soft_overlong"}
@@ -108,6 +110,7 @@ __all__ = [
     "TagCount",
     "ToolUse",
     "Verifier",
+    "Verifiers",
     "refused",
     "score_sound",
     "ungraded",

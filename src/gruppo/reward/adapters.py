@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from gruppo.reward.base import GroupRows, guarded, ungraded
 from gruppo.reward.contracts import CALLS, Contract, Form, Row, detect
-from gruppo.reward.process import Death, Pool, Setup, pool
+from gruppo.reward.process import Death, Pool, Reply, Setup, pool
 from gruppo.types import Completion, Failure, Problem, Score
 
 # One call's result: a value per row, or why there is none. The values are whatever the user's
@@ -101,21 +101,7 @@ class Function:
 
     def _run(self, calls: Sequence[Any]) -> list[Outcome]:
         """Send every call to a worker."""
-        payloads = [pickle.dumps(call) for call in calls]
-        results = self._pool().map(payloads, self.timeout_s, max_deaths=_MAX_DEATHS)
-        return [self._outcome(result) for result in results]
-
-    def _outcome(self, result: Any) -> Outcome:
-        if isinstance(result, Death):
-            about = f"no answer within {self.timeout_s:g} s" if result.kind == "timeout" else ""
-            text = f"{self.name}: {result.text or about or f'exit status {result.code}'}"
-            return Failure(kind=result.kind, fault="grader", text=text)
-        if result.error_kind is not None:
-            text = f"{self.name}: {result.error_text}"
-            return Failure(kind=result.error_kind, fault="grader", text=text)
-        if not isinstance(result.value, list):
-            return Failure(kind="type", fault="grader", text=f"{self.name} returned no list")
-        return result.value
+        return ask(self._pool(), calls, name=self.name, timeout_s=self.timeout_s)
 
     def _pool(self) -> Pool:
         settings = {"name": self.name, "contract": self.contract, "form": self.form}
@@ -166,6 +152,24 @@ class InProcess:
             return CALLS[contract](self.function, call, self.form)
 
         return [guarded(str(self.function), lambda c=call: one(c)) for call in calls]
+
+
+def ask(workers: Pool, calls: Sequence[Any], *, name: str, timeout_s: float) -> list[Outcome]:
+    """Send every call, pickled, to a worker; ``name`` is what failures say of the reward."""
+    results = workers.map([pickle.dumps(call) for call in calls], timeout_s, max_deaths=_MAX_DEATHS)
+    return [_outcome(result, name, timeout_s) for result in results]
+
+
+def _outcome(result: Reply | Death, name: str, timeout_s: float) -> Outcome:
+    if isinstance(result, Death):
+        about = f"no answer within {timeout_s:g} s" if result.kind == "timeout" else ""
+        text = f"{name}: {result.text or about or f'exit status {result.code}'}"
+        return Failure(kind=result.kind, fault="grader", text=text)
+    if result.error_kind is not None:
+        return Failure(kind=result.error_kind, fault="grader", text=f"{name}: {result.error_text}")
+    if not isinstance(result.value, list):
+        return Failure(kind="type", fault="grader", text=f"{name} returned no list")
+    return result.value
 
 
 def score_by(
