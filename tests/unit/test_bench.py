@@ -11,7 +11,7 @@ from gruppo.bench import curves, versus
 from gruppo.bench import machine as measured
 from gruppo.bench.curves import curve, positions
 from gruppo.bench.measure import measure
-from gruppo.bench.versus import versus_trl
+from gruppo.bench.versus import Trl, versus_trl
 from gruppo.bench.work import Work
 from gruppo.cli import main
 
@@ -108,19 +108,20 @@ def test_both_systems_get_the_same_work(tiny_folder: Path, tmp_path: Path):
         f"#!{sys.executable}\n"
         "import json, sys\n"
         "work = json.load(open(sys.argv[2]))\n"
+        "assert (work['trl_weights'], work['trl_micro_batch']) == (work['compute'], 4)\n"
         "seconds = {'sampling': 2.0, 'step': 5.0 * len(work['questions'])}\n"
         "json.dump({'seconds': seconds, 'peak_gib': 1.0}, open(sys.argv[3], 'w'))\n"
     )
     stand_in.chmod(0o755)
     work = Work(model=str(tiny_folder), **SMALL)
-    found = versus_trl(work, python=str(stand_in), rounds=1, micro_batch=4)
+    found = versus_trl(work, trl=Trl(python=str(stand_in), micro_batch=4), rounds=1)
     assert found["seconds"]["trl"] == {"sampling": 2.0, "step": 20.0, "training": 18.0}
     ours = found["seconds"]["gruppo"]
     assert found["times_faster"]["step"] == pytest.approx(20.0 / ours["step"])
     with pytest.raises(ValueError, match="micro_batch = 3 does not divide"):
-        versus_trl(work, python=str(stand_in), rounds=1, micro_batch=3)
+        versus_trl(work, trl=Trl(python=str(stand_in), micro_batch=3), rounds=1)
     with pytest.raises(ValueError, match="needs text prompts"):
-        versus_trl(Work(prompt_tokens=5), python="x", rounds=1, micro_batch=8)
+        versus_trl(Work(prompt_tokens=5), trl=Trl(python="x"), rounds=1)
 
 
 def test_the_command_writes_json(tiny_folder: Path, tmp_path: Path, capsys, monkeypatch):

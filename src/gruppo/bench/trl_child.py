@@ -72,7 +72,7 @@ def main(work: dict[str, Any]) -> dict[str, Any]:
         output_dir=tempfile.mkdtemp(prefix="trl_bench_"),
         use_cpu=work["device"] == "cpu",
         bf16=work["compute"] == "bfloat16",
-        model_init_kwargs={"dtype": work["compute"]},
+        model_init_kwargs={"dtype": work["trl_weights"]},
         per_device_train_batch_size=work["trl_micro_batch"],
         gradient_accumulation_steps=total // work["trl_micro_batch"],
         num_generations=work["group"],

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gruppo.bench.machine import watching
 from gruppo.bench.work import Work, device_of
@@ -20,21 +20,34 @@ from gruppo.model import load
 _OURS = "gruppo.bench.child"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trl:
+    """How TRL does its side.
+
+    Attributes:
+        python: interpreter of an environment with TRL (gruppo need not be in it).
+        micro_batch: completions in one of its forward passes.
+        weights: their type: that of the products, or float32 under autocast (its own default).
+    """
+
+    python: str
+    micro_batch: int = 8
+    weights: Literal["compute", "float32"] = "compute"
+
+
 def versus_trl(
     work: Work,
     *,
-    python: str,
+    trl: Trl,
     rounds: int,
-    micro_batch: int,
     report: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Seconds of both systems' phases, medians over ``rounds``, and their ratios.
 
     Args:
         work: what both do; ``compute`` must be given, and prompts must be text.
-        python: interpreter of an environment with TRL (gruppo need not be in it).
+        trl: TRL's side.
         rounds: how often each runs; they take turns.
-        micro_batch: completions in one of TRL's forward passes.
         report: is told of every run.
 
     Raises:
@@ -43,13 +56,14 @@ def versus_trl(
     """
     if work.prompt_tokens or work.compute == "auto":
         raise ValueError("--vs trl needs text prompts (no --prompt-tokens) and a --compute")
-    if (work.prompts * work.group) % micro_batch:
-        raise ValueError(f"micro_batch = {micro_batch} does not divide prompts x group")
+    if (work.prompts * work.group) % trl.micro_batch:
+        raise ValueError(f"micro_batch = {trl.micro_batch} does not divide prompts x group")
     questions = work.questions((work.steps + work.warmup) * work.prompts)
     task = {**asdict(work), "device": device_of(work), "questions": questions}
-    task |= {"model": load(work.model).folder, "trl_micro_batch": micro_batch}
+    task |= {"model": load(work.model).folder, "trl_micro_batch": trl.micro_batch}
+    task["trl_weights"] = work.compute if trl.weights == "compute" else trl.weights
     script = str(files("gruppo.bench").joinpath("trl_child.py"))
-    commands = {"trl": [python, script], "gruppo": [sys.executable, "-m", _OURS]}
+    commands = {"trl": [trl.python, script], "gruppo": [sys.executable, "-m", _OURS]}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for number in range(rounds):
         for name, command in commands.items():

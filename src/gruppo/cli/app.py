@@ -270,13 +270,14 @@ def recipes(
 
 
 @app.command
-def bench(
+def bench(  # noqa: PLR0913 - the options of a command
     work: Annotated[Work, Parameter(name="*")] = _WORK,
     *,
     curves: tuple[str, ...] = (),
     vs: Literal["trl"] | None = None,
     trl_python: str = sys.executable,
     trl_micro_batch: int = 8,
+    trl_weights: Literal["compute", "float32"] = "compute",
     rounds: int = 2,
     output: Path | None = None,
 ) -> int:
@@ -292,19 +293,22 @@ def bench(
         Python of an environment that has TRL.
     trl_micro_batch: int
         Completions in one of TRL's forward passes.
+    trl_weights: Literal
+        Type of TRL's weights: that of the products, or float32 under autocast.
     rounds: int
         Turns of each system.
     output: Path
         JSON file to write; a plot of the curves goes beside it.
     """
+    from gruppo.bench.versus import Trl
     from gruppo.cli.benchmarks import run
 
+    trl = Trl(python=trl_python, micro_batch=trl_micro_batch, weights=trl_weights)
     return run(
         work,
         curves=curves,
-        trl_python=trl_python if vs else None,
+        trl=trl if vs else None,
         rounds=rounds,
-        trl_micro_batch=trl_micro_batch,
         output=output,
         console=Console(),
     )

@@ -13,7 +13,7 @@ from rich.table import Table
 from gruppo.bench.curves import CURVES, curve
 from gruppo.bench.machine import machine
 from gruppo.bench.measure import Measured, measure
-from gruppo.bench.versus import versus_trl
+from gruppo.bench.versus import Trl, versus_trl
 from gruppo.bench.work import Work, device_of
 
 
@@ -21,23 +21,20 @@ def run(
     work: Work,
     *,
     curves: tuple[str, ...],
-    trl_python: str | None,
+    trl: Trl | None,
     rounds: int,
-    trl_micro_batch: int,
     output: Path | None,
     console: Console,
 ) -> int:
-    """Measure ``work``; with ``trl_python`` TRL in turn with it; ``curves``: how cost grows."""
+    """Measure ``work``; with ``trl`` TRL in turn with it; ``curves``: how cost grows."""
     if unknown := [name for name in curves if name not in CURVES]:
         raise ValueError(f'curves = "{unknown[0]}": use {", ".join(CURVES)}')
     here = machine(device_of(work))
     console.print(_about(here.name, here.threads, here.gflops), highlight=False)
     found: dict[str, Any] = {"machine": asdict(here)}
-    if trl_python is not None:
+    if trl is not None:
         say = lambda text: console.print(text, highlight=False)  # noqa: E731
-        compared = versus_trl(
-            work, python=trl_python, rounds=rounds, micro_batch=trl_micro_batch, report=say
-        )
+        compared = versus_trl(work, trl=trl, rounds=rounds, report=say)
         console.print(_compared(compared))
         found["versus_trl"] = compared
     else:

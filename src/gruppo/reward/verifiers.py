@@ -22,7 +22,8 @@ class Verifiers:
 
     They see the prompt, the completion's text and its number of tokens. A call that takes longer
     than ``timeout_s`` is killed; an exception leaves the completion unscored. ``workers`` > 1 lets
-    several groups be scored side by side.
+    several groups be scored side by side. Of the variables whose names say that they are secret
+    the workers see those in ``secrets`` (a judge's key, say).
 
     Raises:
         ValueError: a timeout or number of workers that is not positive.
@@ -33,6 +34,7 @@ class Verifiers:
     kind: Literal["verifiers"] = "verifiers"
     timeout_s: float = 60.0
     workers: int = 1
+    secrets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not (self.timeout_s > 0 and self.workers > 0):
@@ -65,5 +67,5 @@ class Verifiers:
         self._pool().close()
 
     def _pool(self) -> Pool:
-        setup = Setup(handler="child_verifiers.py", settings="{}", inherit_environment=True)
+        setup = Setup(handler="child_verifiers.py", settings="{}", secrets=self.secrets)
         return pool(setup, self.workers)
