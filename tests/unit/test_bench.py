@@ -14,6 +14,7 @@ from gruppo.bench.measure import measure
 from gruppo.bench.versus import Trl, versus_trl
 from gruppo.bench.work import Work
 from gruppo.cli import main
+from gruppo.policy import Policy
 
 SMALL = {"prompts": 2, "group": 4, "max_tokens": 3, "steps": 2, "warmup": 0, "compute": "float32"}
 
@@ -23,6 +24,7 @@ SMALL = {"prompts": 2, "group": 4, "max_tokens": 3, "steps": 2, "warmup": 0, "co
     [
         ({"prompts": 0}, "prompts = 0: must be at least 1"),
         ({"group": 1}, "group = 1: a group needs at least 2"),
+        ({"dead": 8}, "dead = 8: must be at least 0 and below prompts"),
         ({"beta": -0.1}, "beta = -0.1: must not be negative"),
     ],
 )
@@ -54,6 +56,21 @@ def test_phases_add_up_on_the_tiny_model(tiny_folder: Path):
     ratio = 3 * seconds["reference"] / seconds["forward_backward"]
     assert used["forward_backward"] / used["reference"] == pytest.approx(ratio)
     assert found.padding == 0.0
+
+
+def test_dead_groups_are_not_passed_forward(tiny_folder: Path, monkeypatch):
+    """Of 2 groups of 4 none, then one: 8 rows in a pass, then 4."""
+    passed: list[int] = []
+    real = Policy.logp
+
+    def spy(self, prompts, *rest, **options):
+        passed.append(len(prompts))
+        return real(self, prompts, *rest, **options)
+
+    monkeypatch.setattr(Policy, "logp", spy)
+    for dead in (0, 1):
+        measure(Work(model=str(tiny_folder), dead=dead, **{**SMALL, "steps": 1, "warmup": 0}))
+    assert passed == [8, 4]
 
 
 @pytest.mark.parametrize(

@@ -123,11 +123,13 @@ class _Bench:
     def step(self, number: int) -> None:
         work, first = self.work, number * self.work.prompts
         prompts = self.prompts[first : first + work.prompts]
-        settings = UpdateSettings(tokens_per_microbatch=work.tokens_per_microbatch, skip_dead=False)
+        settings = UpdateSettings(
+            tokens_per_microbatch=work.tokens_per_microbatch, skip_dead=work.dead > 0
+        )
         with self._phase("sampling"):
             groups = self._draw(prompts, work.max_tokens, first, work.group)
             release_heap()
-        batch = _rollout(prompts, groups)
+        batch = _rollout(prompts, groups, dead=work.dead)
         if work.beta:
             with self._phase("reference"):
                 evidence = gather_evidence(self.policy, self.objective, batch, settings)
@@ -217,12 +219,15 @@ def _prompts(work: Work, loaded: Loaded, encoder: Encoder, count: int) -> list[t
     return [encoder.encode((Message(role="user", content=text),)) for text in asked]
 
 
-def _rollout(prompts: list[tuple[int, ...]], groups: list[tuple[Completion, ...]]) -> Rollout:
-    """The batch with made-up rewards, half of each group right, so that all rows learn."""
+def _rollout(
+    prompts: list[tuple[int, ...]], groups: list[tuple[Completion, ...]], *, dead: int
+) -> Rollout:
+    """The batch with made-up rewards: half of each group right, of the first ``dead`` ones all."""
     rows = [completion for group in groups for completion in group]
     tokens = torch.tensor([row.tokens for row in rows])
     size = len(groups[0])
-    total = (torch.arange(len(rows)) % size < size // 2).double()
+    place = torch.arange(len(rows))
+    total = ((place % size < size // 2) | (place < dead * size)).double()
     return Rollout(
         prompts=tuple(prompts),
         tokens=tokens,

@@ -29,6 +29,7 @@ class Work:
         beta: Weight of the KL term; above 0 there is a reference model.
         compute: Type of the products.
         device: cpu, cuda or cuda:N.
+        dead: Groups of a step without signal; above 0 the update leaves them out, as training does.
         plain: No packing and no shared prompts: what they gain, by comparison.
         tokens_per_microbatch: Tokens of one forward pass.
         steps: Measured steps, of which the median is told.
@@ -44,6 +45,7 @@ class Work:
     beta: float = 0.0
     compute: Compute = "auto"
     device: str = "auto"
+    dead: int = 0
     plain: bool = False
     tokens_per_microbatch: int = 2048
     steps: int = 3
@@ -56,6 +58,8 @@ class Work:
                 raise ValueError(f"{name} = {value}: must be at least 1")
         if self.group < 2:
             raise ValueError(f"group = {self.group}: a group needs at least 2 completions")
+        if not 0 <= self.dead < self.prompts:
+            raise ValueError(f"dead = {self.dead}: must be at least 0 and below prompts")
         if self.warmup < 0 or self.prompt_tokens < 0 or self.beta < 0:
             raise ValueError(
                 f"warmup = {self.warmup}, prompt_tokens = {self.prompt_tokens}, beta = "
