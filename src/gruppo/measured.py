@@ -57,12 +57,13 @@ def remembered(
     file = cache_folder() / "measured" / name
     if (kept := _read(file, among)) is not None:
         return kept
-    damaged = file.exists()
     answer = measure()
     try:
-        _keep(file, answer, replace=damaged)
+        if file.exists() and _read(file, among) is None:  # damaged
+            file.unlink(missing_ok=True)
+        _keep(file, answer)
     except OSError as error:
-        _log.info("%s is measured anew by every process: %s", question, error)
+        _log.warning("%s is measured anew by every process: %s", question, error)
         return answer
     return _read(file, among) or answer
 
@@ -83,14 +84,16 @@ def _read(file: Path, among: Sequence[str]) -> str | None:
     return text if text in among else None
 
 
-def _keep(file: Path, answer: str, *, replace: bool) -> None:
-    """Write it whole or not at all; unless ``replace``, whoever comes first stays."""
+def _keep(file: Path, answer: str) -> None:
+    """Write it whole or not at all; whoever comes first stays."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / file.name
         made.write_text(answer + "\n", encoding="utf-8")
-        if replace:
-            made.replace(file)
-            return
-        with suppress(FileExistsError):
+        try:
             os.link(made, file)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without hard links
+            with suppress(FileExistsError), file.open("x", encoding="utf-8") as kept:
+                kept.write(answer + "\n")

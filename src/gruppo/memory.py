@@ -143,13 +143,14 @@ def keep_heap() -> None:
     """Keep what is freed for the next allocation, until ``release_heap``; for this process.
 
     glibc gives a large piece back at once and asks for it again: page by page, thousands of times
-    in every micro-batch, which costs a training pass on a CPU some 8 % of its time. What is held is
-    what the pass has needed before, so its peak stays as it is.
+    in every micro-batch. What is held is what a pass has needed before; holes between pieces may
+    add a little to its peak.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
+        if not mallopt(_MMAP_THRESHOLD, 2**30):  # older ones refuse more than half a heap
+            mallopt(_MMAP_THRESHOLD, 2**25)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_MMAP_THRESHOLD, 2**30)
 
 
 @cache

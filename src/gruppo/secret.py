@@ -26,6 +26,8 @@ _SECRET_WORDS = frozenset(
 )
 _NOT_SECRET = frozenset({"PWD", "OLDPWD"})  # the shell's working directories
 
+_SECRET_ENDS = ("APIKEY", "ACCESSKEY", "SECRETKEY", "PASS", "PASSWORD", "SECRET", "TOKEN")
+
 
 def names_secret(name: str) -> bool:
     """Whether a variable of this name holds a secret: a word of it is KEY, TOKEN or the like.
@@ -35,5 +37,5 @@ def names_secret(name: str) -> bool:
     """
     words = name.upper().split("_")
     return name not in _NOT_SECRET and (
-        not _SECRET_WORDS.isdisjoint(words) or words[-1].endswith(("APIKEY", "PASSWORD", "TOKEN"))
+        not _SECRET_WORDS.isdisjoint(words) or words[-1].endswith(_SECRET_ENDS)
     )

@@ -23,13 +23,17 @@ def test_norm(dtype, bound, width):
     update, grad = torch.randn(2, 7, width).to(dtype)
     carry = torch.randn(7, width)
     narrow = hidden.detach().float(), weight.detach().float()
-    total, out, scale = native.norm_forward(narrow[0], update, narrow[1], epsilon=0.3, dtype=dtype)
+    total, out, scale = native.norm_forward(
+        narrow[0], update, weight=narrow[1], epsilon=0.3, dtype=dtype
+    )
     summed = hidden + update.double()
     expected = nn.functional.rms_norm(summed, (width,), weight, 0.3)
     assert close(total, summed.detach(), 1e-6)
     assert close(out, expected.detach(), bound)
     wanted = torch.autograd.grad((expected * grad.double()).sum(), [summed, weight])
-    back, rounded, again, weight_grad = native.norm_backward(total, narrow[1], scale, grad, carry)
+    back, rounded, again, weight_grad = native.norm_backward(
+        total, narrow[1], scale=scale, grad=grad, carry=carry
+    )
     assert close(back, wanted[0] + carry, 3e-6)
     assert torch.equal(rounded, back.to(dtype))
     assert close(again, out, bound)
@@ -39,7 +43,7 @@ def test_norm(dtype, bound, width):
 def test_norm_without_an_update_takes_the_hidden_state_itself():
     hidden = torch.randn(3, 8)
     total, out, _ = native.norm_forward(
-        hidden, None, torch.ones(8), epsilon=1e-6, dtype=torch.float32
+        hidden, None, weight=torch.ones(8), epsilon=1e-6, dtype=torch.float32
     )
     assert total is hidden
     assert close(out, nn.functional.rms_norm(hidden, (8,), eps=1e-6), 1e-6)
@@ -108,7 +112,7 @@ def test_scores(dtype, bound, causal):
     assert close(lse, scores.detach().logsumexp(-1), 1e-6)
     delta = (weights.detach() * grad).sum(-1).float()
     again, gradient = native.score_gradient(
-        raw.detach().float(), grad, mask, lse=lse, delta=delta, dtype=dtype
+        raw.detach().float(), grad, mask=mask, lse=lse, delta=delta, dtype=dtype
     )
     assert close(again, weights.detach(), bound)
     assert close(gradient, wanted, bound)
@@ -120,9 +124,13 @@ def test_sums_over_rows_do_not_change_from_call_to_call():
     hidden, carry = torch.randn(2, 301, 64)
     grad = torch.randn(301, 64)
     _, _, scale = native.norm_forward(
-        hidden, None, torch.ones(64), epsilon=1e-6, dtype=torch.float32
+        hidden, None, weight=torch.ones(64), epsilon=1e-6, dtype=torch.float32
     )
+    torch.set_num_threads(3)  # the fixture of all tests sets one again
     first, second = (
-        native.norm_backward(hidden, torch.ones(64), scale, grad, carry)[3] for _ in range(2)
+        native.norm_backward(hidden, torch.ones(64), scale=scale, grad=grad, carry=carry)[3]
+        for _ in range(2)
     )
     assert torch.equal(first, second)
+    unit = hidden.double() * scale.double()[:, None]
+    assert close(first, (grad.double() * unit).sum(0), 3e-6)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gruppo import native
 from gruppo.model import rectangle, segments
 from gruppo.model.attention import AttentionRule
 from gruppo.model.packing import pack, packed_attention
@@ -39,6 +40,7 @@ def test_merged_equals_gathered(dtype, bound, scaling):
         assert (mine - other).abs().max() <= bound * max(1.0, float(other.abs().max()))
 
 
+@pytest.mark.skipif(native.kernels() is None, reason="no C++ compiler here")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
 def test_products_in_small_blocks_equal_torchs_kernel(monkeypatch, dtype, bound):
     """Blocks of 2 queries; both ways round as the other does, so bfloat16 is close too."""
@@ -93,6 +95,25 @@ def test_parts_of_two_groups():
         Part(slice(2, 6), slice(0, 2), causal=False),
         Part(slice(6, 7), slice(6, 7), causal=True),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_empty_prompt_of_empty_completions_has_no_part(dtype):
+    packing = pack([(), (1, 2)], torch.zeros(2, 3, dtype=torch.long), [0, 3])
+    assert [part.query for part in packing.parts] == [slice(0, 2), slice(2, 4), slice(2, 4)]
+    query = torch.randn(1, 2, 4, 8, dtype=dtype)
+    assert merged_attention(query, query, query, packing.parts).isfinite().all()
+
+
+def test_a_backward_pass_within_autocast():
+    query = torch.randn(1, 2, 3, 8, requires_grad=True)
+    parts = [Part(slice(0, 3), slice(0, 3), causal=True)]
+    found = []
+    for half in (False, True):
+        out = merged_attention(query, query, query, parts)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found.append(torch.autograd.grad(out.sum(), query)[0])
+    assert torch.equal(*found)
 
 
 def test_values_of_another_width_are_not_merged():

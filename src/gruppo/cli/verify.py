@@ -16,6 +16,7 @@ from typing import Final
 import torch
 
 from gruppo.cli.replay import replaying
+from gruppo.errors import ServiceError
 from gruppo.policy import Policy, checkpoint
 from gruppo.recipe.build import Report
 from gruppo.recipe.keeper import RNG, checkpoint_tensors
@@ -38,6 +39,7 @@ def verify(path: Path, count: int, report: Report) -> int:
     Raises:
         ValueError: it is no run, or has no such steps before a checkpoint.
         OSError: a checkpoint is damaged or cannot be read.
+        ServiceError: the steps ended early.
     """
     with (
         RunDirectory.open(path, lock=False) as directory,
@@ -58,7 +60,12 @@ def verify(path: Path, count: int, report: Report) -> int:
     compare = _Compare(recorded)
     with replaying(recipe, begin, report, until=last, callback=compare) as (run, state):
         report(f"verifying steps {state.step + 1 if state else 1} to {last} of {path}")
-        train(run, state)
+        outcome = train(run, state)
+        if outcome.state.step < last:
+            raise ServiceError(
+                f"verify: step {last} was not reached: it ended after {outcome.state.step} "
+                f"({outcome.ended_by})"
+            )
         differing = differing_tensors(run.policy, folders[-1])
     for text in compare.found[:1]:
         report(text)

@@ -33,10 +33,14 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Layer:
-    """One layer: attention and gated linear unit, a norm before each."""
+    """One layer: attention and gated linear unit, a norm before each.
+
+    ``scaling`` multiplies the scores of attention; None if the module does not say.
+    """
 
     before_attention: Norm
     query_key_value: Group
+    scaling: float | None
     head_norms: tuple[Norm | None, Norm | None]
     out: Group
     before_mlp: Norm
@@ -121,10 +125,12 @@ def _layer(module: nn.Module) -> Layer:
     activation = mlp["act_fn"]
     points = torch.linspace(-9, 9, 64)
     _expect(torch.equal(activation(points), nn.functional.silu(points)))
+    scaling = vars(parts["self_attn"]).get("scaling")
     query, key = (_norm(attention[n]) if n in attention else None for n in ("q_norm", "k_norm"))
     return Layer(
         before_attention=_norm(parts["input_layernorm"]),
         query_key_value=_linears(attention, "q_proj", "k_proj", "v_proj"),
+        scaling=scaling if isinstance(scaling, float) else None,
         head_norms=(query, key),
         out=_linears(attention, "o_proj"),
         before_mlp=_norm(parts["post_attention_layernorm"]),

@@ -24,40 +24,58 @@ from gruppo.model.decoder import Decoder, Group, Layer, find_decoder
 from gruppo.model.packing import Packing
 from gruppo.model.parts import text_config
 from gruppo.model.products import current_products, multiplying
-from gruppo.model.rectangle import Products as Rectangles
+from gruppo.model.rectangle import ByProducts
 from gruppo.model.segments import Part, attend, attend_backward, cut
 
 _NUMBERS = (torch.float32, torch.bfloat16)
+# Others have the same modules and compute otherwise (layers without rotation, other rotations,
+# factors), which a few tokens through small weights need not show.
+_KINDS = ("llama", "mistral", "qwen2")
 
 
 def find_pass(model: nn.Module, *, device: str = "cpu") -> Decoder | None:
     """The parts of a model whose packed rows can go this way as far as can be seen; else None.
 
-    Found anew for every pass: an adapter or a hook may have come. ``device`` "meta" asks what
-    would be on the CPU.
+    Found anew for every pass: an adapter, a hook or gradient checkpointing may have come.
+    ``device`` "meta" asks what would be on the CPU.
     """
+    half = torch.is_autocast_enabled("cpu")
+    products = torch.get_autocast_dtype("cpu") if half else torch.float32
     decoder = find_decoder(model, device=device)
-    if decoder is None or native.kernels() is None:
+    if decoder is None or native.kernels() is None or products not in _NUMBERS:
         return None
-    known = text_config(model).to_dict()
+    config = text_config(model)
+    known = config.to_dict()
     windows = known.get("sliding_window") and known.get("use_sliding_window", True)
-    kinds = set(known.get("layer_types") or ())
-    norms = [n for x in decoder.layers for n in (x.before_attention, x.before_mlp)] + [decoder.norm]
-    linears = [
-        module
-        for x in decoder.layers
-        for module in (*x.query_key_value, *x.out, *x.gate_up, *x.down)
-    ]
     plain = (
-        not windows
-        and kinds <= {"full_attention"}
+        config.model_type in _KINDS
+        and not windows
+        and set(known.get("layer_types") or ()) <= {"full_attention"}
         and not known.get("attention_dropout")
-        and all(layer.head_norms == (None, None) for layer in decoder.layers)
-        and decoder.embedding.weight.dtype == torch.float32
-        and all(norm.weight.dtype == torch.float32 for norm in norms)
-        and all(module.weight.dtype in _NUMBERS for module in linears)
+        and all(_is_plain(layer) for layer in decoder.layers)
+        and decoder.embedding.weight.dtype == decoder.norm.weight.dtype == torch.float32
+        and not any(_is_watched(module) for module in model.modules())
     )
     return decoder if plain else None
+
+
+def _is_plain(layer: Layer) -> bool:
+    """Whether types are as they must be, and every parameter is used once."""
+    parameters = layer.parameters()
+    linears = (*layer.query_key_value, *layer.out, *layer.gate_up, *layer.down)
+    return (
+        layer.head_norms == (None, None)
+        and layer.scaling is not None
+        and len({id(parameter) for parameter in parameters}) == len(parameters)
+        and all(p.dtype in _NUMBERS for module in linears for p in module.parameters())
+        and layer.before_attention.weight.dtype == layer.before_mlp.weight.dtype == torch.float32
+    )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether anything waits for this module's own backward pass, or makes it forward again."""
+    recomputes = bool(vars(module).get("gradient_checkpointing"))
+    return recomputes or bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def decoder_states(decoder: Decoder, packing: Packing) -> Float[Tensor, "M E"]:
@@ -109,27 +127,65 @@ class _Row:
         return cls(parts=cut(packing.parts, query), cosine=cosine, sine=sine, dtype=dtype)
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class _Joint:
+    """Linear layers that read the same rows, as one matrix: where their parameters stand."""
+
+    weights: tuple[int, ...]
+    biases: tuple[int | None, ...]
+    sizes: tuple[int, ...]
+
+    def matrix(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "O I"]:
+        """The joint matrix in ``dtype``: a copy, unless it is one layer's as it is."""
+        weights = [parameters[at].detach() for at in self.weights]
+        if len(weights) == 1 and weights[0].dtype == dtype:
+            return weights[0]
+        matrix = weights[0].new_empty(sum(self.sizes), weights[0].shape[1], dtype=dtype)
+        for part, weight in zip(matrix.split(self.sizes), weights, strict=True):
+            part.copy_(weight)
+        return matrix
+
+    def bias(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "O"] | None:
+        """The layers' biases side by side, 0 for a layer without one; None if none has one."""
+        if all(at is None for at in self.biases):
+            return None
+        made = parameters[self.weights[0]].new_zeros(sum(self.sizes), dtype=dtype)
+        for part, at in zip(made.split(self.sizes), self.biases, strict=True):
+            if at is not None:
+                part.copy_(parameters[at].detach())
+        return made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """A layer without its weights: how its parameters, in their order, make up the matrices."""
+    """A layer without its weights: its numbers, and the places of its parameters."""
 
     epsilons: tuple[float, float]
-    matrices: tuple[tuple[tuple[int, int | None], ...], ...]
+    scaling: float
+    joints: tuple[_Joint, _Joint, _Joint, _Joint]
 
     @classmethod
     def of(cls, layer: Layer) -> _Plan:
-        """Of each joint matrix the places of its layers' weights and biases among parameters."""
+        """For parameters in the order of ``Layer.parameters``."""
         place = {id(parameter): at for at, parameter in enumerate(layer.parameters())}
 
-        def places(group: Group) -> tuple[tuple[int, int | None], ...]:
-            return tuple(
-                (place[id(m.weight)], None if m.bias is None else place[id(m.bias)]) for m in group
+        def joint(group: Group) -> _Joint:
+            return _Joint(
+                weights=tuple(place[id(module.weight)] for module in group),
+                biases=tuple(None if m.bias is None else place[id(m.bias)] for m in group),
+                sizes=tuple(module.out_features for module in group),
             )
 
-        groups = (layer.query_key_value, layer.out, layer.gate_up, layer.down)
+        assert layer.scaling is not None, "find_pass has looked"
         return cls(
             epsilons=(layer.before_attention.epsilon, layer.before_mlp.epsilon),
-            matrices=tuple(places(group) for group in groups),
+            scaling=layer.scaling,
+            joints=(
+                joint(layer.query_key_value),
+                joint(layer.out),
+                joint(layer.gate_up),
+                joint(layer.down),
+            ),
         )
 
 
@@ -138,96 +194,62 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, row: _Row, plan: _Plan, *parameters: Tensor) -> Tensor:
-        joint = [_Joint.of(matrix, parameters, row.dtype) for matrix in plan.matrices]
-        query_key_value, out, gate_up, down = joint
+        linear, dtype = nn.functional.linear, row.dtype
+        matrices = [joint.matrix(parameters, dtype) for joint in plan.joints]
+        biases = [joint.bias(parameters, dtype) for joint in plan.joints]
         first, second = parameters[0].detach(), parameters[1].detach()
         _, normed, scale = native.norm_forward(
-            hidden, None, first, epsilon=plan.epsilons[0], dtype=row.dtype
+            hidden, None, weight=first, epsilon=plan.epsilons[0], dtype=dtype
         )
-        heads = _Heads.of(query_key_value(normed), row, query_key_value.sizes)
-        mixed = normed.new_empty(len(hidden), out.matrix.shape[1])
-        lse = attend(heads.way, row.parts, heads.view(mixed))
+        heads = _Heads.of(linear(normed, matrices[0], biases[0]), row, plan)
+        mixed = normed.new_empty(len(hidden), matrices[1].shape[1])
+        lse = attend(heads.way(plan), row.parts, heads.view(mixed))
+        update = linear(mixed, matrices[1], biases[1])
         between, normed, other = native.norm_forward(
-            hidden, out(mixed), second, epsilon=plan.epsilons[1], dtype=row.dtype
+            hidden, update, weight=second, epsilon=plan.epsilons[1], dtype=dtype
         )
-        gates = gate_up(normed)
+        gates = linear(normed, matrices[2], biases[2])
+        # matrices too, so that autograd sees changes in place and frees copies layer by layer
         ctx.save_for_backward(
             *(hidden, scale, heads.query, heads.key, heads.value, mixed, lse, between, other),
-            *(gates, first, second),
+            *(gates, first, second, *matrices),
         )
-        ctx.row, ctx.plan, ctx.joint, ctx.products = row, plan, joint, current_products()
-        return between + down(native.swiglu(gates))
+        ctx.row, ctx.plan, ctx.products = row, plan, current_products()
+        return between + linear(native.swiglu(gates), matrices[3], biases[3])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
-        hidden, scale, query, key, value, mixed, lse, between, other, gates, first, second = (
-            ctx.saved_tensors
-        )
-        row: _Row = ctx.row
-        query_key_value, out, gate_up, down = ctx.joint
+        hidden, scale, query, key, value, mixed, lse, between, other, *rest = ctx.saved_tensors
+        gates, first, second, *matrices = rest
+        row, plan = ctx.row, ctx.plan
+        query_key_value, out, gate_up, down = plan.joints
         heads = _Heads(query, key, value)
-        found = _Found(ctx.plan, ctx.needs_input_grad[3:])
+        found = _Found(ctx.needs_input_grad[3:])
         carry = grad_outputs[0].contiguous()
         with torch.autocast("cpu", enabled=False), multiplying(ctx.products):
             grad = carry.to(row.dtype)
-            to_gates, opened = native.swiglu_backward(gates, down.back(grad))
+            to_gates, opened = native.swiglu_backward(gates, grad @ matrices[3])
             found.add(down, grad, opened)
-            carry, grad, normed, found.norms[1] = native.norm_backward(
-                between, second, other, gate_up.back(to_gates), carry
+            carry, grad, normed, of_norm = native.norm_backward(
+                between, second, scale=other, grad=to_gates @ matrices[2], carry=carry
             )
+            found.add_norm(1, of_norm)
             found.add(gate_up, to_gates, normed)
-            given = heads.view(out.back(grad))
+            given = heads.view(grad @ matrices[1])
             found.add(out, grad, mixed)
-            sums = attend_backward(heads.way, row.parts, given, out=heads.view(mixed), lse=lse)
+            sums = attend_backward(
+                heads.way(plan), row.parts, given, out=heads.view(mixed), lse=lse
+            )
             packed = native.join_heads(
                 sums.query, sums.key, sums.value, row.cosine, row.sine, dtype=row.dtype
             )
-            carry, _, normed, found.norms[0] = native.norm_backward(
-                hidden, first, scale, query_key_value.back(packed), carry
+            carry, _, normed, of_norm = native.norm_backward(
+                hidden, first, scale=scale, grad=packed @ matrices[0], carry=carry
             )
+            found.add_norm(0, of_norm)
             found.add(query_key_value, packed, normed)
         return carry, None, None, *found.gradients()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Joint:
-    """Linear layers that read the same rows, as one; in the type of the products."""
-
-    places: tuple[tuple[int, int | None], ...]
-    sizes: tuple[int, ...]
-    matrix: Float[Tensor, "O I"]
-    bias: Float[Tensor, "O"] | None
-
-    @classmethod
-    def of(
-        cls,
-        places: tuple[tuple[int, int | None], ...],
-        parameters: Sequence[Tensor],
-        dtype: torch.dtype,
-    ) -> _Joint:
-        weights = [parameters[at].detach() for at, _ in places]
-        sizes = tuple(map(len, weights))
-        matrix = weights[0]
-        if len(weights) > 1 or matrix.dtype != dtype:
-            matrix = matrix.new_empty(sum(sizes), matrix.shape[1], dtype=dtype)
-            for part, weight in zip(matrix.split(sizes), weights, strict=True):
-                part.copy_(weight)
-        addends = [
-            weight.new_zeros(len(weight)) if at is None else parameters[at].detach()
-            for weight, (_, at) in zip(weights, places, strict=True)
-        ]
-        biased = any(at is not None for _, at in places)
-        bias = torch.cat([addend.to(dtype) for addend in addends]) if biased else None
-        return cls(places, sizes, matrix, bias)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """The layers' results side by side."""
-        return nn.functional.linear(rows, self.matrix, self.bias)
-
-    def back(self, grad: Tensor) -> Tensor:
-        """The gradient of the rows."""
-        return grad @ self.matrix
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -239,15 +261,14 @@ class _Heads:
     value: Float[Tensor, "K N D"]
 
     @classmethod
-    def of(cls, packed: Tensor, row: _Row, sizes: tuple[int, ...]) -> _Heads:
-        """``packed`` holds them side by side, ``sizes`` numbers each."""
-        key_heads = sizes[1] // row.cosine.shape[1]
+    def of(cls, packed: Tensor, row: _Row, plan: _Plan) -> _Heads:
+        """``packed`` holds them side by side."""
+        key_heads = plan.joints[0].sizes[1] // row.cosine.shape[1]
         return cls(*native.split_heads(packed, row.cosine, row.sine, key_heads=key_heads))
 
-    @property
-    def way(self) -> Rectangles:
+    def way(self, plan: _Plan) -> ByProducts:
         """How to attend with them."""
-        return Rectangles(self.query, self.key, self.value, self.query.shape[-1] ** -0.5)
+        return ByProducts(self.query, self.key, self.value, plan.scaling)
 
     def view(self, rows: Float[Tensor, "N O"]) -> Float[Tensor, "K N R D"]:
         """What lies in ``rows`` head by head, ordered as the queries are."""
@@ -258,26 +279,25 @@ class _Heads:
 class _Found:
     """The gradients of a layer's parameters, as far as they are wanted."""
 
-    def __init__(self, plan: _Plan, wanted: Sequence[bool]) -> None:
+    def __init__(self, wanted: Sequence[bool]) -> None:
         self._wanted = wanted
-        self._plan = plan
         self._by_place: dict[int, Tensor] = {}
-        self.norms: list[Tensor | None] = [None, None]
+
+    def add_norm(self, place: int, grad: Tensor) -> None:
+        """That of a norm's weight."""
+        self._by_place[place] = grad
 
     def add(self, joint: _Joint, grad: Tensor, rows: Tensor) -> None:
         """Those of linear layers, from the gradient of their result and the rows they took."""
-        if any(self._wanted[at] for at, _ in joint.places):
+        if any(self._wanted[at] for at in joint.weights):
             whole = (grad.t() @ rows).float()
-            for (at, _), part in zip(joint.places, whole.split(joint.sizes), strict=True):
-                self._by_place[at] = part
-        if joint.bias is not None:
-            for (_, at), part in zip(
-                joint.places, grad.sum(0, dtype=torch.float32).split(joint.sizes), strict=True
-            ):
+            self._by_place |= dict(zip(joint.weights, whole.split(joint.sizes), strict=True))
+        if any(at is not None for at in joint.biases):
+            summed = grad.sum(0, dtype=torch.float32).split(joint.sizes)
+            for at, part in zip(joint.biases, summed, strict=True):
                 if at is not None:
                     self._by_place[at] = part
 
     def gradients(self) -> list[Tensor | None]:
         """One for each parameter; None where none is wanted."""
-        every = {**self._by_place, 0: self.norms[0], 1: self.norms[1]}
-        return [every.get(at) if wanted else None for at, wanted in enumerate(self._wanted)]
+        return [self._by_place[at] if wanted else None for at, wanted in enumerate(self._wanted)]

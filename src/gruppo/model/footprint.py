@@ -93,7 +93,7 @@ def footprint(
     saved: dict[int, int] = {}
     with torch.device("meta"), quiet():
         model = _skeleton(config, lora, compute, gradient_checkpointing)
-    decoder = find_pass(model, device="meta") if thrift and not gradient_checkpointing else None
+    decoder = find_pass(model, device="meta") if thrift else None
     if decoder is not None:
         known = {id(p): p for p in model.parameters()}
         width = _head_width(text_config(model))

@@ -104,6 +104,8 @@ def pack(
 
 def _parts(prompt: slice, spans: list[tuple[int, int]]) -> list[Part]:
     """The prompt alone, each completion alone, and all completions over the prompt."""
+    if prompt.start == prompt.stop:  # its completions are empty too: nothing predicts a first token
+        return []
     alone = [prompt, *(slice(first, first + read) for first, read in spans if read)]
     parts = [Part(here, here, causal=True) for here in alone]
     everything = slice(prompt.stop, alone[-1].stop)

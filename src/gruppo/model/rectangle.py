@@ -1,7 +1,7 @@
 """Attention of some queries over some keys, and its gradient, in two ways of equal precision.
 
-``Products`` makes scores and their gradient in float32 and multiplies weights and values in the
-tensors' own type, as torch's flash kernel (``Flash``) does; it takes larger products of matrices,
+``ByProducts`` makes scores and their gradient in float32 and multiplies weights and values in the
+tensors' own type, as torch's flash kernel (``ByFlash``) does; it takes larger products of matrices,
 which on a CPU are several times faster for rectangles of a few hundred tokens. Tensors are ordered
 by key head: ``[K, N, R, D]`` with ``R`` query heads to each of ``K`` key heads. Which rectangles
 there are, and how they are merged, is the business of ``segments.py``.
@@ -61,7 +61,7 @@ class Back(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Products:
+class ByProducts:
     """Products of matrices, and compiled kernels for the softmax between them."""
 
     query: Float[Tensor, "K N R D"]  # contiguous, so that a slice of queries is a matrix
@@ -89,7 +89,7 @@ class Products:
             weights, gradient = score_gradient(
                 scores,
                 wide[:, here].flatten(1, 2) @ self.value[:, seen].float().mT,
-                mask,
+                mask=mask,
                 lse=lse[:, here].flatten(1).contiguous(),
                 delta=delta[:, here].flatten(1).contiguous(),
                 dtype=rows.dtype,
@@ -109,7 +109,7 @@ class Products:
 
 
 @dataclass(frozen=True, slots=True)
-class Flash:
+class ByFlash:
     """Torch's own kernel, over views."""
 
     query: Float[Tensor, "K N R D"]
@@ -148,7 +148,7 @@ class Flash:
         return self.query[:, here].transpose(1, 2), key, value
 
 
-Way = Products | Flash
+Way = ByProducts | ByFlash
 
 
 def way_of(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Way:
@@ -156,5 +156,5 @@ def way_of(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> 
     rows = by_key_head(query, key)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if can_score(query):
-        return Products(rows.contiguous(), key[0].contiguous(), value[0].contiguous(), factor)
-    return Flash(rows, key[0], value[0], factor)
+        return ByProducts(rows.contiguous(), key[0].contiguous(), value[0].contiguous(), factor)
+    return ByFlash(rows, key[0], value[0], factor)

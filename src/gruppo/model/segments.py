@@ -23,8 +23,8 @@ from gruppo.model.rectangle import Gradients, Way, by_key_head, way_of
 from gruppo.native import can_score
 
 BLOCK_SCORES: Final = 2**23
-"""Scores of one rectangle: 32 MiB of them in float32."""
-_LEAST_QUERIES: Final = 128  # fewer make products too small to be fast
+"""Scores of one rectangle, 32 MiB of them in float32, if that leaves it enough queries."""
+_LEAST_QUERIES: Final = 128  # fewer make products too small to be fast, however many keys there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def merged_attention(
 
 
 def cut(parts: Sequence[Part], query: Float[Tensor, "1 H N D"]) -> tuple[Part, ...]:
-    """``parts`` by blocks of bounded memory; torch's kernel cuts for itself."""
+    """``parts`` by blocks of queries; torch's kernel cuts for itself."""
     if not can_score(query):
         return tuple(parts)
     return tuple(block for part in parts for block in blocks(part, heads=query.shape[1]))
@@ -107,7 +107,7 @@ def attend_backward(
 
 
 def blocks(part: Part, *, heads: int) -> Iterator[Part]:
-    """``part`` by some queries at a time, so that its scores take bounded memory."""
+    """``part`` by some queries at a time, so that its scores do not grow as their square."""
     width = part.key.stop - part.key.start
     size = max(_LEAST_QUERIES, BLOCK_SCORES // (heads * width))
     for start in range(part.query.start, part.query.stop, size):
@@ -142,7 +142,8 @@ class _Merged(torch.autograd.Function):
             by_key_head(tensor.transpose(1, 2), key) for tensor in (out, grad_outputs[0])
         )
         way = way_of(query, key, value, ctx.scaling)
-        sums = attend_backward(way, ctx.parts, given, out=merged, lse=lse)
+        with torch.autocast("cpu", enabled=False):  # whoever calls backward within it
+            sums = attend_backward(way, ctx.parts, given, out=merged, lse=lse)
         return *sums.like(query, key), None, None
 
 

@@ -49,8 +49,8 @@ def softmax_scores(
 def score_gradient(
     scores: Float[Tensor, "K M S"],
     grad: Float[Tensor, "K M S"],
-    mask: Mask,
     *,
+    mask: Mask,
     lse: Float[Tensor, "K M"],
     delta: Float[Tensor, "K M"],
     dtype: torch.dtype,

@@ -8,9 +8,11 @@
 #include <cstdint>
 #include <vector>
 
-#include <omp.h>
-
 #include "numbers.h"
+
+// not omp.h, which not every compiler that can do this has beside it
+extern "C" int omp_get_max_threads();
+extern "C" int omp_get_thread_num();
 
 namespace {
 

@@ -21,8 +21,8 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 def norm_forward(
     hidden: Float[Tensor, "N E"],
     update: Float[Tensor, "N E"] | None,
-    weight: Float[Tensor, "E"],
     *,
+    weight: Float[Tensor, "E"],
     epsilon: float,
     dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "N E"], Float[Tensor, "N E"], Float[Tensor, "N"]]:
@@ -34,6 +34,8 @@ def norm_forward(
     total = hidden if update is None else torch.empty_like(hidden)
     out = torch.empty_like(hidden, dtype=dtype)
     scale = hidden.new_empty(rows)
+    assert weight.shape == (width,), "a weight for every number"
+    assert update is None or update.shape == hidden.shape
     given = [hidden, update, weight, total, out, scale]
     _check(given, wide=(hidden, weight), narrow=(update,), dtype=dtype)
     _call("norm_forward", dtype, "iif", (rows, width, epsilon), given)
@@ -43,6 +45,7 @@ def norm_forward(
 def norm_backward(
     hidden: Float[Tensor, "N E"],
     weight: Float[Tensor, "E"],
+    *,
     scale: Float[Tensor, "N"],
     grad: Float[Tensor, "N E"],
     carry: Float[Tensor, "N E"],
@@ -64,6 +67,9 @@ def norm_backward(
     rows, width = hidden.shape
     total, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
     narrow, again = (torch.empty_like(grad) for _ in range(2))
+    assert weight.shape == (width,), "a weight for every number"
+    assert scale.shape == (rows,), "a factor for every row"
+    assert grad.shape == carry.shape == hidden.shape
     given = [hidden, weight, scale, grad, carry, total, narrow, again, weight_grad]
     _check(given, wide=(hidden, weight, scale, carry), narrow=(grad,), dtype=grad.dtype)
     _call("norm_backward", grad.dtype, "ii", (rows, width), given)
@@ -76,6 +82,7 @@ def swiglu_backward(
     """Gradient of ``gate_up = [gate, up]``, and ``silu(gate) * up`` once more."""
     rows, width = grad.shape
     gradient, again = torch.empty_like(gate_up), torch.empty_like(grad)
+    assert gate_up.shape == (rows, 2 * width), "gates and what they open, side by side"
     given = [gate_up, grad, gradient, again]
     _check(given, wide=(), narrow=(gate_up, grad), dtype=grad.dtype)
     _call("swiglu_backward", grad.dtype, "ii", (rows, width), given)
@@ -95,6 +102,8 @@ def split_heads(
     """
     rows, width = cosine.shape
     repeats = packed.shape[1] // (key_heads * width) - 2
+    assert packed.shape == (rows, key_heads * (repeats + 2) * width), "whole heads"
+    assert sine.shape == cosine.shape
     query = packed.new_empty(key_heads, rows, repeats, width)
     key, value = (packed.new_empty(key_heads, rows, width) for _ in range(2))
     given = [packed, cosine, sine, query, key, value]
@@ -114,6 +123,8 @@ def join_heads(
 ) -> Float[Tensor, "N X"]:
     """Gradient of what ``split_heads`` took, in ``dtype``, from those of its results."""
     key_heads, rows, repeats, width = query.shape
+    assert key.shape == value.shape == (key_heads, rows, width)
+    assert cosine.shape == sine.shape == (rows, width)
     packed = query.new_empty(rows, key_heads * (repeats + 2) * width, dtype=dtype)
     given = [query, key, value, cosine, sine, packed]
     _check(given, wide=tuple(given[:-1]), narrow=(), dtype=dtype)

@@ -113,8 +113,7 @@ class Policy:
         self._copy = _frozen_copy(model, compute_dtype) if reference == "copy" else None
         model.eval()
         self.packed = packing and can_pack(model)
-        # a recomputed forward would leave it for transformers' own
-        self._fused = self.packed and not _recomputes(model) and can_fuse(model)
+        self._fused = self.packed and can_fuse(model)
 
     @property
     def device(self) -> torch.device:
@@ -319,15 +318,12 @@ def _refuse(model: nn.Module, reference: ReferenceKind, products: Products) -> N
         raise ValueError(f"reference = {reference!r} must be one of 'none', 'copy', 'adapter'")
     if reference == "adapter" and not is_adapted(model):
         raise ValueError("reference = 'adapter' needs a LoRA adapter; use reference = 'copy'")
-    if products == "onednn" and _recomputes(model):
+    recomputes = any(vars(module).get("gradient_checkpointing") for module in model.modules())
+    if products == "onednn" and recomputes:
         raise ValueError(
             "products = 'onednn' with a model of gradient checkpointing: what is recomputed would "
             "differ by rounding; use products = 'torch'"
         )
-
-
-def _recomputes(model: nn.Module) -> bool:
-    return any(vars(module).get("gradient_checkpointing") for module in model.modules())
 
 
 def _frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -6,6 +6,7 @@ sure that all of them are closed. The loop itself is ``gruppo.train``.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -183,10 +184,13 @@ def _meta(recipe: Recipe, boxes: Mapping[str, str]) -> dict[str, object]:
 def computing() -> dict[str, object]:
     """What else decides a run's last bits, beside the recipe and the versions of packages."""
     kernels = "compiled" if native.kernels() is not None else "none"
+    name = processor().partition("\n")[0].rpartition(": ")[2]
+    known = hashlib.sha256(processor().encode()).hexdigest()[:8]  # its instructions count too
     return {
         "threads": torch.get_num_threads(),
         "kernels": kernels,
-        "processor": processor().partition("\n")[0],
+        "processor": f"{name} ({known})",
+        "torch": torch.__version__,
     }
 
 

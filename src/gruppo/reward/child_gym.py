@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import resource
 import signal
 from collections.abc import Callable
 
@@ -32,6 +33,8 @@ def make(settings: dict) -> tuple[Callable[[bytes], object], dict]:
         task, entry = request["task"], request["entry"]
         if task not in scorers:
             scorers[task] = reasoning_gym.get_score_answer_fn(task)
+        memory = settings["memory_bytes"]
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         signal.setitimer(signal.ITIMER_PROF, settings["cpu_s"])
         try:
             return _scored(scorers[task], request["answer"], entry)

@@ -20,6 +20,7 @@ from gruppo.types import Completion, Problem
 
 # Scorers take microseconds; processor time, so that load is not blamed.
 _CPU_S: Final = 1.0
+_MEMORY: Final = 4 * 2**30  # address space; an answer may be a program that fills it in a second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,8 @@ class ReasoningGym:
     ``where`` says where the answer stands (as for ``exact``). Without ``partial`` only a full
     score counts, as 1; with it, shares between 0 and 1 do. An answer that scores no more than
     nonsense on the same entry gets 0: some tasks pay for any answer. One that makes the scorer
-    raise, or takes a second of processor time, scores the part's minimum. Needs the extra ``gym``.
+    raise, or takes a second of processor time or 4 GiB, scores the part's minimum. Needs the extra
+    ``gym``.
     Linux and macOS only.
 
     Some scorers evaluate the answer as an expression, and the worker is no sandbox.
@@ -102,7 +104,7 @@ class ReasoningGym:
 
     def _verdict(self, outcome: Reply | Death) -> Value:
         if isinstance(outcome, Death):
-            if outcome.kind == "timeout" or outcome.code == -signal.SIGPROF:
+            if outcome.code == -signal.SIGPROF:
                 return refused("timeout", f"no score after {_CPU_S:g} s of processor time")
             return ungraded(outcome.kind, f"gym scorer: {outcome.text or outcome.code}")
         if not isinstance(outcome.value, dict):
@@ -117,5 +119,5 @@ class ReasoningGym:
         return value if self.partial else float(value >= 1.0)
 
     def _pool(self) -> Pool:
-        settings = json.dumps({"cpu_s": _CPU_S})
+        settings = json.dumps({"cpu_s": _CPU_S, "memory_bytes": _MEMORY})
         return pool(Setup(handler="child_gym.py", settings=settings, secrets=None), self.workers)
