@@ -1,6 +1,7 @@
 """The gym reward, against a stand-in for reasoning-gym that has its known traps."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,9 @@ def gym(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReasoningGym]:
         reward.close()
 
 
+BROKEN = {"task": "sums", "entry": {"question": "q", "answer": "3"}}
+
+
 def row(text: str) -> Completion:
     return Completion(tokens=(), logp=(), mask=(), version=(), text=text, finish="stop")
 
@@ -87,6 +91,9 @@ def test_the_answer_s_fault_is_the_completion_s_and_the_library_s_the_grader_s(
     other = RewardSet((Part(name="gym", reward=gym),))
     (score,) = other.score(Problem(id="p", prompt=(), answer="3"), [row("3")])
     assert (score.total, score.error.kind) == (None, "gold_missing")
+    (score,) = other.score(replace(problem("sums"), info=BROKEN), [row("three")])
+    assert (score.total, score.error.fault) == (None, "grader")
+    assert "KeyError: 'metadata'" in score.error.text
     tagged = ReasoningGym()
     assert graded(tagged, "sums", "3", "<answer>3</answer>") == ["completion/no_answer", 1.0]
 

@@ -45,6 +45,8 @@ def _scored(scorer: Scorer, answer: str, entry: dict) -> dict[str, float | str]:
     try:
         value = float(scorer(answer, entry))
     except Exception as error:  # whatever a scorer makes of text that it did not expect
+        if isinstance(own := entry.get("answer"), str):
+            scorer(own, entry)  # one that raises here too is broken: no fault of the answer
         return {"raised": f"{type(error).__name__}: {error}"[:200]}
     nonsense = 0.0
     for text in NONSENSE:

@@ -29,8 +29,8 @@ class ReasoningGym:
     ``where`` says where the answer stands (as for ``exact``). Without ``partial`` only a full
     score counts, as 1; with it, shares between 0 and 1 do. An answer that scores no more than
     nonsense on the same entry gets 0: some tasks pay for any answer. One that makes the scorer
-    raise, or takes a second of processor time, scores the part's minimum. Needs the extra ``gym``.
-    Linux and macOS only.
+    raise, or takes a second of processor time, scores the part's minimum; where the entry's own
+    answer makes it raise too, the row is unscored. Needs the extra ``gym``. Linux and macOS only.
 
     Some scorers evaluate the answer as an expression, and the worker is no sandbox.
 
