@@ -32,7 +32,9 @@ class ReasoningGym:
     raise, or takes a second of processor time, scores the part's minimum; where the entry's own
     answer makes it raise too, the row is unscored. Needs the extra ``gym``. Linux and macOS only.
 
-    Some scorers evaluate the answer as an expression, and the worker is no sandbox.
+    Some scorers evaluate the answer as an expression. On Linux the worker's system calls are
+    filtered as in a box: it can read files and write none, and has no network and no processes; it
+    could still forge its own score. On macOS nothing is filtered.
 
     Raises:
         ValueError: no workers.
@@ -57,7 +59,8 @@ class ReasoningGym:
         """Start a worker.
 
         Raises:
-            ValueError: reasoning-gym cannot be imported.
+            ValueError: reasoning-gym cannot be imported, or Linux runs on a machine whose system
+                calls are not known.
         """
         started = self._pool().start()
         if isinstance(started, Death):
