@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from gruppo.sandbox import Pool, Sandbox, choose
+from support.attack import Attack
 from support.attacks import ATTACKS, HARMLESS
 from support.attacks_compiled import COMPILED, COMPILED_HARMLESS, PROGRAM
 
@@ -50,9 +52,9 @@ def attacked(jobs: list[str], *, uid: int = 0) -> dict:
     return json.loads(done.stdout)
 
 
-def unpaid(values: dict) -> dict:
+def unfair(values: dict, attacks: Sequence[Attack]) -> dict:
     """Scores that are neither 0, nor the completion's own failure, nor fairly earned."""
-    fair = {attack.name for attack in ATTACKS if attack.earns}
+    fair = {attack.name for attack in attacks if attack.earns}
     return {
         name: value
         for name, value in values.items()
@@ -62,15 +64,16 @@ def unpaid(values: dict) -> dict:
     }
 
 
-def check_survived(result: dict, num_attacks: int) -> None:
-    assert len(result["values"]) == num_attacks
-    assert unpaid(result["values"]) == {}
+def of(attacks: Sequence[Attack], which: str) -> list[Attack]:
+    return [attack for attack in attacks if attack.slow == (which == "slow")]
+
+
+def check_survived(result: dict, attacks: Sequence[Attack]) -> None:
+    assert list(result["values"]) == [attack.name for attack in attacks]
+    assert unfair(result["values"], attacks) == {}
     assert result["changed"] == []
     assert result["leftovers"] == []
     assert result["next"] == 1.0
-
-
-QUICK = sum(not attack.slow for attack in ATTACKS)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def quick() -> dict:
 @pytest.mark.parametrize("kind", BOXES)
 def test_no_attack_is_paid_or_harms(kind: str, quick: dict) -> None:
     result = quick[kind]
-    check_survived(result, QUICK)
+    check_survived(result, of(ATTACKS, "quick"))
     assert result["values"]["read a file"] == 0.0
     assert result["values"]["fork bomb"] == 1.0  # it also solves the problem
     assert result["values"]["hard exit"] == ["completion", "exit_0"]
@@ -99,13 +102,12 @@ def test_without_a_box_harmless_attacks_succeed(quick: dict) -> None:
 @pytest.mark.slow
 def test_attacks_that_run_to_a_limit() -> None:
     for result in attacked([f"{kind}:slow" for kind in KINDS]).values():
-        check_survived(result, len(ATTACKS) - QUICK)
+        check_survived(result, of(ATTACKS, "slow"))
         assert result["values"]["endless loop"] == ["completion", "timeout"]
         assert result["values"]["signals ignored"] == ["completion", "timeout"]
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-QUICK_COMPILED = sum(not attack.slow for attack in COMPILED)
 
 
 @pytest.mark.slow
@@ -113,9 +115,8 @@ QUICK_COMPILED = sum(not attack.slow for attack in COMPILED)
 @pytest.mark.parametrize("which", ["quick", "slow"])
 @pytest.mark.parametrize("uid", [0, pytest.param(USER, marks=needs_root)])
 def test_no_compiled_attack_is_paid_or_harms(which: str, uid: int) -> None:
-    number = QUICK_COMPILED if which == "quick" else len(COMPILED) - QUICK_COMPILED
     for result in attacked([f"{kind}:cpp-{which}" for kind in KINDS], uid=uid).values():
-        check_survived(result, number)
+        check_survived(result, of(COMPILED, which))
         values = result["values"]
         refused = {name for name, v in values.items() if v == ["completion", "compile_error"]}
         assert not refused & {attack.name for attack in PROGRAM}  # those did run
@@ -142,7 +143,7 @@ def test_without_a_box_harmless_compiled_attacks_succeed() -> None:
 @pytest.mark.parametrize("which", ["quick", "slow"])
 def test_the_same_as_an_ordinary_user(which: str) -> None:
     for result in attacked([f"{kind}:{which}" for kind in KINDS], uid=USER).values():
-        check_survived(result, QUICK if which == "quick" else len(ATTACKS) - QUICK)
+        check_survived(result, of(ATTACKS, which))
 
 
 @pytest.mark.parametrize("kind", BOXES)

@@ -211,6 +211,14 @@ def test_the_first_difference_of_steps_run_again_is_named(finished, tmp_path, ca
     assert "equal to the last bit" not in shown
 
 
+@pytest.mark.parametrize("command", [["--verify", "2"], ["--replay", "3"]])
+def test_steps_are_not_run_again_from_a_damaged_checkpoint(finished, tmp_path, capsys, command):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "checkpoints" / "00000002" / "state.safetensors").write_bytes(b"damaged")
+    assert main(["resume", str(run), *command]) == 3
+    assert "00000002" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("count", ["0", "5"])
 def test_steps_that_the_run_has_not_are_not_verified(finished, capsys, count):
     assert main(["resume", str(finished), "--verify", count]) == 2

@@ -20,6 +20,7 @@ from gruppo.reward import (
     RewardSet,
     Service,
     ToolUse,
+    Verifiers,
 )
 from gruppo.types import Message, Problem
 from support.flawed_rewards import FLAWED, R1, Case
@@ -277,12 +278,14 @@ def test_services_are_waited_for_a_short_while():
         Part(name="a", reward=Remote(service=slow)),
         Part(name="b", reward=Remote(service=kept)),
         Part(name="c", reward=Judge(rubric="r", model=model, service=slow)),
+        Part(name="d", reward=Verifiers()),
     )
-    first, second, third = (part.reward for part in with_deadline(RewardSet(parts)).parts)
+    first, second, third, fourth = (part.reward for part in with_deadline(RewardSet(parts)).parts)
     short = (10.0, 120.0, 1)
     assert (first.service.timeout_s, first.service.deadline_s, first.service.retries) == short
     assert second.service == kept
     assert (third.service.retries, third.model.keep) == (1, "none")
+    assert fourth.timeout_s == 10.0
 
 
 def test_parts_that_read_episodes_are_left_out():

@@ -4,14 +4,17 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gruppo.recipe import load
 from gruppo.recipe.build import open_rewards
 from gruppo.reward import Code
-from gruppo.sandbox import CPP, Box, Outcome, Sandbox, SandboxFailure
-from gruppo.sandbox.compiled import for_compiling
+from gruppo.reward.code_run import Trial, build
+from gruppo.reward.code_tests import Streams
+from gruppo.sandbox import CPP, Binary, Box, NoSandbox, Outcome, Sandbox, SandboxFailure
+from gruppo.sandbox.compiled import _won, for_compiling
 from gruppo.sandbox.lite import Lite
 from gruppo.sandbox.toolchain import find
 from gruppo.types import Completion, Problem, Score
@@ -157,6 +160,22 @@ def test_functions_of_compiled_programs_cannot_be_called(compiled: Code) -> None
         [value] = compiled(Problem(id="p", prompt=(), info={"tests": tests}), [row("```\nx\n```")])
         assert (value.error.fault, value.error.kind) == ("grader", "tests_wrong")
         assert 'tests of the form {"stdin": [...]} alone' in value.error.text
+
+
+def test_a_machine_without_descriptors_is_no_fault_of_a_program() -> None:
+    def fresh() -> Box:
+        raise OSError(24, "Too many open files")
+
+    trial = Trial(source="int main() {}", suite=Streams(cases=(("", ""),)), fast=False)
+    with pytest.raises(SandboxFailure, match="Too many open files"):
+        build(fresh, trial, CPP)
+
+
+def test_a_compilers_box_that_could_not_be_tried_is_refused(tmp_path: Path) -> None:
+    """Not taken for one in which the attack failed."""
+    maker = SimpleNamespace(map=lambda task, items: [Binary(data=b"x"), SandboxFailure("gone")])
+    with pytest.raises(NoSandbox, match=r"g\+\+ cannot be tried in its box: gone"):
+        _won(maker, maker, CPP, tmp_path / "canary")
 
 
 def test_a_missing_compiler_is_refused_with_the_install_command(

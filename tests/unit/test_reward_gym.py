@@ -1,6 +1,8 @@
 """The gym reward, against a stand-in for reasoning-gym that has its known traps."""
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,23 @@ def pays_for_anything(answer, entry):
 def beyond(answer, entry):
     return 2.0
 
+def reaches(answer, entry):
+    import os, socket
+    if not answer.startswith("/"): return 0.0
+    for act in (
+        os.fork,
+        socket.socket,
+        lambda: open(answer, "w"),
+        lambda: os.kill(os.getppid(), 0),
+        lambda: os.execv("/bin/true", ["true"]),
+    ):
+        try: act()
+        except OSError: continue
+        return 0.0
+    return float(len(open(__file__).read()) > 100)  # it reads: a library loads what it needs
+
 def get_score_answer_fn(name):
-    known = (sums, shares, pays_for_anything, beyond)
+    known = (sums, shares, pays_for_anything, beyond, reaches)
     for scorer in known:
         if scorer.__name__ == name: return scorer
     raise ValueError(f"Dataset '{name}' not registered")
@@ -46,6 +63,9 @@ def gym(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReasoningGym]:
         reward.open()
         yield reward
         reward.close()
+
+
+BROKEN = {"task": "sums", "entry": {"question": "q", "answer": "3"}}
 
 
 def row(text: str) -> Completion:
@@ -87,8 +107,18 @@ def test_the_answer_s_fault_is_the_completion_s_and_the_library_s_the_grader_s(
     other = RewardSet((Part(name="gym", reward=gym),))
     (score,) = other.score(Problem(id="p", prompt=(), answer="3"), [row("3")])
     assert (score.total, score.error.kind) == (None, "gold_missing")
+    (score,) = other.score(replace(problem("sums"), info=BROKEN), [row("three")])
+    assert (score.total, score.error.fault) == (None, "grader")
+    assert "KeyError: 'metadata'" in score.error.text
     tagged = ReasoningGym()
     assert graded(tagged, "sums", "3", "<answer>3</answer>") == ["completion/no_answer", 1.0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no filter")
+def test_what_an_answer_evaluates_reaches_nothing(gym: ReasoningGym, tmp_path: Path) -> None:
+    """1 if a scorer could not write, fork, connect, signal or execute, but read."""
+    assert graded(gym, "reaches", f"{tmp_path}/made", "x") == [1.0, 0.0]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch) -> None:

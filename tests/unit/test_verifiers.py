@@ -95,6 +95,18 @@ def test_settings_out_of_range_are_refused():
         Reward(timeout_s=0.0)
 
 
+def test_a_worker_without_the_library_and_a_secret_that_is_not_set_are_told(tmp_path, monkeypatch):
+    (tmp_path / "verifiers.py").write_text("raise ImportError('not here')")
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = Reward(workers=2)  # another pool than the other tests'
+    with pytest.raises(
+        ValueError, match=r'reward kind verifiers: ImportError: not here.*; pip install "gruppo\['
+    ):
+        reward.open()
+    with pytest.raises(ValueError, match=r"NO_SUCH_KEY is not set; export it"):
+        Reward(secrets=("NO_SUCH_KEY",)).open()
+
+
 @pytest.mark.slow
 def test_tasks_become_problems(module):
     name = module("sums_read", SUMS)

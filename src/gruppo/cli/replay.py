@@ -77,7 +77,13 @@ def replay(path: Path, step: int, report: Report) -> int:
 def replaying(
     recipe: Recipe, folder: Path | None, report: Report, *, until: int, callback: Callback
 ) -> Iterator[tuple[Run, TrainState | None]]:
-    """A run that records nothing, from the checkpoint ``folder`` (None: the start) to ``until``."""
+    """A run that records nothing, from the checkpoint ``folder`` (None: the start) to ``until``.
+
+    Raises:
+        OSError: the checkpoint is damaged or cannot be read.
+    """
+    if folder is not None:
+        checkpoint.verify(folder)
     torch.manual_seed(recipe.train.seed)
     parts = resolve(recipe, report)
     try:

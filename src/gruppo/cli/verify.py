@@ -1,8 +1,8 @@
 """``gruppo resume RUN --verify K``: run the last K steps again and compare, bit by bit.
 
-They start from a checkpoint before them and end at the newest one. Every metric but times and
-memory is compared with the recorded one, and in the end every tensor with the checkpoint's:
-weights, optimizer moments, a moved reference. Nothing is recorded.
+They start from a checkpoint before them and end at the newest one. Every metric but times is
+compared with the recorded one, and in the end every tensor with the checkpoint's: weights,
+optimizer moments, a moved reference. Nothing is recorded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gruppo.train import train
 from gruppo.types import Group
 
 FOUND: Final = 1  # exit code of a finding
-_NOT_COMPARED: Final = ("time/", "mem/")
+_NOT_COMPARED: Final = "time/"
 
 Series = Mapping[str, Sequence[tuple[int, float]]]
 

@@ -20,6 +20,7 @@ from gruppo.reward import (
     Service,
     ToolUse,
     Verifier,
+    Verifiers,
 )
 
 DEADLINE_S: Final = 10.0
@@ -73,7 +74,7 @@ def boxed_seconds(reward: RewardSet) -> float:
 
 def _bounded(part: Part, seconds: float) -> Part:
     match part.reward:
-        case Function() as made:
+        case Function() | Verifiers() as made:
             return replace(part, reward=replace(made, timeout_s=min(made.timeout_s, seconds)))
         case Remote() as made:
             return replace(part, reward=replace(made, service=_hurried(made.service, seconds)))

@@ -72,11 +72,7 @@ class Function:
             ValueError: the function cannot be imported, or its contract cannot be told, or a
                 variable that ``secrets`` names is not set.
         """
-        if missing := [name for name in self.secrets if name not in os.environ]:
-            raise ValueError(
-                f"reward function {self.name!r}: secrets = {list(self.secrets)}: {missing[0]} is "
-                "not set; export it, or leave it out"
-            )
+        require_secrets(self.secrets, f"reward function {self.name!r}")
         info = self._pool().start()
         if isinstance(info, Death):
             raise ValueError(f"reward function {self.name!r}: {info.text}")
@@ -152,6 +148,14 @@ class InProcess:
             return CALLS[contract](self.function, call, self.form)
 
         return [guarded(str(self.function), lambda c=call: one(c)) for call in calls]
+
+
+def require_secrets(names: Sequence[str], about: str) -> None:
+    """Raise ValueError if an environment variable that a worker is to read is not set."""
+    if missing := [name for name in names if name not in os.environ]:
+        raise ValueError(
+            f"{about}: secrets = {list(names)}: {missing[0]} is not set; export it, or leave it out"
+        )
 
 
 def ask(workers: Pool, calls: Sequence[Any], *, name: str, timeout_s: float) -> list[Outcome]:

@@ -63,9 +63,12 @@ def build(fresh: FreshBox, trial: Trial, chain: Toolchain) -> Trial | Result:
     What the compiler says is not told: it is the program's text in other words.
 
     Raises:
-        SandboxFailure, NoSandbox: no fault of the program.
+        SandboxFailure, NoSandbox: no fault of the program. It costs this row alone.
     """
-    made = compile_program(fresh, chain, trial.source)
+    try:
+        made = compile_program(fresh, chain, trial.source)
+    except OSError as error:  # no descriptors or processes left, say
+        raise SandboxFailure(f"{type(error).__name__}: {error}") from error
     if isinstance(made, Binary):
         return replace(trial, binary=made)
     kind = "compile_timeout" if made.ended in ("cpu", "wall") else "compile_error"

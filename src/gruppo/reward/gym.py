@@ -30,11 +30,13 @@ class ReasoningGym:
     ``where`` says where the answer stands (as for ``exact``). Without ``partial`` only a full
     score counts, as 1; with it, shares between 0 and 1 do. An answer that scores no more than
     nonsense on the same entry gets 0: some tasks pay for any answer. One that makes the scorer
-    raise, or takes a second of processor time or 4 GiB, scores the part's minimum. Needs the extra
-    ``gym``.
-    Linux and macOS only.
+    raise, or takes a second of processor time or 4 GiB, scores the part's minimum; where the
+    entry's own answer makes it raise too, the row is unscored. Needs the extra ``gym``. Linux and
+    macOS only.
 
-    Some scorers evaluate the answer as an expression, and the worker is no sandbox.
+    Some scorers evaluate the answer as an expression. On Linux the worker's system calls are
+    filtered as in a box: it can read files and write none, and has no network and no processes; it
+    could still forge its own score. On macOS nothing is filtered.
 
     Raises:
         ValueError: no workers.
@@ -59,7 +61,8 @@ class ReasoningGym:
         """Start a worker.
 
         Raises:
-            ValueError: reasoning-gym cannot be imported.
+            ValueError: reasoning-gym cannot be imported, or Linux runs on a machine whose system
+                calls are not known.
         """
         started = self._pool().start()
         if isinstance(started, Death):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from gruppo.reward.adapters import ask, score_by
+from gruppo.reward.adapters import ask, require_secrets, score_by
 from gruppo.reward.base import GroupRows, ungraded
 from gruppo.reward.process import Death, Pool, Setup, pool
 from gruppo.types import Completion, Problem
@@ -44,7 +44,12 @@ class Verifiers:
             )
 
     def open(self) -> None:
-        """Start a worker. Raises ValueError: verifiers is missing."""
+        """Start a worker.
+
+        Raises:
+            ValueError: verifiers is missing, or a variable that ``secrets`` names is not set.
+        """
+        require_secrets(self.secrets, "reward kind verifiers")
         info = self._pool().start()
         if isinstance(info, Death):
             raise ValueError(f'reward kind verifiers: {info.text}; pip install "gruppo[verifiers]"')

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from gruppo.sandbox.base import Binary, NoSandbox, Outcome, Sandbox, SandboxFailure
+from gruppo.sandbox.base import Backend, Binary, NoSandbox, Outcome, Sandbox, SandboxFailure
 from gruppo.sandbox.choose import choose
 from gruppo.sandbox.pool import FreshBox, Pool
 from gruppo.sandbox.toolchain import Toolchain, find
@@ -68,7 +68,7 @@ def for_compiling(settings: Sandbox) -> Sandbox:
 def workshop(settings: Sandbox, workers: int, chain: Toolchain) -> Pool:
     """The one pool of boxes in which ``chain`` compiles, for programs run under ``settings``."""
 
-    def backend():
+    def backend() -> Backend:
         return choose(settings).backend.compiling(find(chain))
 
     return Pool(backend, for_compiling(settings), workers)
@@ -123,6 +123,8 @@ def _won(maker: Pool, runner: Pool, chain: Toolchain, canary: Path) -> list[str]
         )
     if isinstance(peeked, Binary):
         return ["include a file of the host"]
+    if isinstance(peeked, SandboxFailure):  # nothing was tried
+        raise NoSandbox(f"sandbox: {chain.program} cannot be tried in its box: {peeked}")
     [outcome] = runner.map(lambda fresh, program: fresh().native(program, b""), [made])
     if isinstance(outcome, SandboxFailure) or (outcome.ended, outcome.code) != ("exit", 0):
         raise NoSandbox(f"sandbox: no {chain.language} program runs in the box: {_about(outcome)}")

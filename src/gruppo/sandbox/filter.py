@@ -20,6 +20,7 @@ from gruppo.sandbox import syscalls
 _LOAD: Final = 0x20  # BPF_LD | BPF_W | BPF_ABS
 _EQUAL: Final = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
 _AT_LEAST: Final = 0x35  # BPF_JMP | BPF_JGE | BPF_K
+_ANY_BIT: Final = 0x45  # BPF_JMP | BPF_JSET | BPF_K
 _RETURN: Final = 0x06  # BPF_RET | BPF_K
 _ALLOW: Final = 0x7FFF0000
 _KILL: Final = 0x80000000  # SECCOMP_RET_KILL_PROCESS
@@ -37,6 +38,11 @@ _IOCTLS: Final = (0x5401, 0x541B, 0x5421, 0x5451, 0x5450, 0x5413)
 # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ. No F_SETOWN and
 # F_SETSIG: together they make the kernel send any signal, SIGKILL too, to a process of one's uid.
 _FCNTLS: Final = (0, 1, 2, 3, 4, 1030, 1032)
+# Where flags stand in the calls that open files, and those that write: O_WRONLY, O_RDWR, O_CREAT,
+# O_TRUNC. The last empties a file that is opened for reading, and Landlock sees that only since
+# Linux 6.2; what may be read may be the user's own Python.
+_OPENS: Final = {"open": 1, "openat": 2}
+_WRITES: Final = 0x1 | 0x2 | 0x40 | 0x200
 # The flags with which glibc and musl start a thread; every other clone makes a process.
 _THREAD_FLAGS: Final = (0x003D0F00, 0x007D0F00)
 # The flags of fork and of posix_spawn in glibc and musl: no namespace is among them.
@@ -68,6 +74,7 @@ def strict(*, pid: int, threads: bool, files: bool, argv: int = 0) -> bytes:
         pid: process id that it may signal (with ``tgkill``, as ``abort`` does): its own.
         threads: whether it may start threads. It can never start a process.
         files: whether it may change files (where it can open any for writing: its own ``/tmp``).
+            Without, none can be opened for that.
         argv: 0, or the one address of an argument list with which a file may be executed: the
             driver's, drawn at random, to become the candidate's program. That has an address space
             of its own and cannot know where the list stood, so that it cannot execute anything.
@@ -85,7 +92,7 @@ def strict(*, pid: int, threads: bool, files: bool, argv: int = 0) -> bytes:
         refused["clone"] = _EAGAIN
     if argv:
         checked["arch_prctl"] = (0, (_SET_FS,))
-    return _program(plain, checked, refused, argv)
+    return _program(plain, checked, refused, argv=argv, writes=files)
 
 
 def build() -> bytes:
@@ -117,7 +124,9 @@ def _program(
     plain: Sequence[str],
     checked: dict[str, tuple[int, Sequence[int]]],
     refused: dict[str, int],
+    *,
     argv: int = 0,
+    writes: bool = True,
 ) -> bytes:
     """Assemble: check the machine, then each call in turn, then refuse."""
     arch, column = _MACHINES[machine()]
@@ -130,7 +139,9 @@ def _program(
         (_RETURN, 0, 0, _KILL),
     ]
     for name in plain:
-        code += _on(name, column, [(_RETURN, 0, 0, _ALLOW)])
+        reads = not writes and name in _OPENS
+        then = _none_of(_OPENS[name], _WRITES) if reads else [(_RETURN, 0, 0, _ALLOW)]
+        code += _on(name, column, then)
     for name, (argument, values) in checked.items():
         code += _on(name, column, _one_of(argument, values))
     if argv:
@@ -159,6 +170,16 @@ def _exactly(arguments: dict[int, int]) -> list[Instruction]:
         left = 2 * (len(checks) - 1 - number) + 1  # to the refusal behind the permission
         code += [(_LOAD, 0, 0, _ARGS + offset), (_EQUAL, 0, left, half)]
     return [*code, (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERRNO | _EPERM)]
+
+
+def _none_of(argument: int, bits: int) -> list[Instruction]:
+    """Refuse if the low half of an argument has one of ``bits``: flags are 32 bits."""
+    return [
+        (_LOAD, 0, 0, _ARGS + 8 * argument),
+        (_ANY_BIT, 0, 1, bits),
+        (_RETURN, 0, 0, _ERRNO | _EPERM),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
 
 
 def _one_of(argument: int, values: Iterable[int]) -> list[Instruction]:

@@ -22,7 +22,10 @@ _COLLECTED: Final = ("as", "ld")  # what the compiler starts of other packages
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Toolchain:
-    """A compiler: its program, the name of a source file, and the arguments around that."""
+    """A compiler: its program, the name of a source file, and the arguments around that.
+
+    ``language`` in small letters is what its ``-x`` takes.
+    """
 
     language: str
     program: str
@@ -64,7 +67,7 @@ def find(chain: Toolchain) -> Tools:
         )
     compiler = os.path.realpath(found)
     collected = [path for path in (_collected(compiler, name) for name in _COLLECTED) if path]
-    paths = [compiler, *collected, *_headers(compiler, chain.file), *_own(compiler)]
+    paths = [compiler, *collected, *_headers(compiler, chain.language), *_own(compiler)]
     return Tools(
         argv=(compiler, *chain.before, chain.file, *chain.after),
         search=":".join(dict.fromkeys(os.path.dirname(path) for path in (compiler, *collected))),
@@ -78,10 +81,9 @@ def _collected(compiler: str, name: str) -> str | None:
     return shutil.which(_ask(compiler, f"-print-prog-name={name}").strip())
 
 
-def _headers(compiler: str, file: str) -> list[str]:
+def _headers(compiler: str, language: str) -> list[str]:
     """The folders in which it looks for headers."""
-    language = "c++" if file.endswith("cpp") else "c"
-    told = _ask(compiler, "-E", "-v", "-x", language, "-")
+    told = _ask(compiler, "-E", "-v", "-x", language.lower(), "-")
     _, _, rest = told.partition("search starts here:\n#include <")
     lines, _, _ = rest.partition("End of search list")
     return [line.strip() for line in lines.splitlines() if line.startswith(" ")]
