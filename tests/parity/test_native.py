@@ -1,5 +1,7 @@
 """The compiled kernels equal plain torch."""
 
+import platform
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,39 +29,107 @@ def expected(
     return torch.stack(rows)
 
 
-@needs_kernels
-@pytest.mark.parametrize("window", [None, 1, 5])
-@pytest.mark.parametrize("width", [8, 64, 70, 128])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1.2e-2)])
-def test_decode_attention(dtype: torch.dtype, bound: float, width: int, window: int | None) -> None:
+def attend_case(
+    dtype: torch.dtype, width: int, repeats: int, *, columns: int = 11
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Buffers and lengths of seven rows; those of one prompt do not stand side by side."""
     torch.manual_seed(0)
-    query = torch.randn(7, 6, width).to(dtype)
-    prompt_keys, prompt_values = torch.randn(2, 3, 2, 11, width).to(dtype)
-    own_keys, own_values = torch.randn(2, 9, 2, 13, width).to(dtype)
+    query = torch.randn(7, 2 * repeats, width)
+    prompts, own = torch.randn(2, 3, 2, columns, width), torch.randn(2, 9, 2, columns + 2, width)
     place = torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    prompt_length = torch.tensor([11, 4, 7])[place]
-    own_length = torch.tensor([0, 1, 2, 5, 12, 7, 3])
+    lengths = {
+        "place": place,
+        "prompt_length": torch.tensor([columns, columns // 3 + 1, columns - 4])[place],
+        "own_length": torch.tensor([0, 1, 2, 5, columns + 1, columns - 4, 3]),
+    }
+    return [x.to(dtype) for x in (query, *prompts, *own)], lengths
+
+
+def assert_attends(
+    buffers: list[Tensor], lengths: dict[str, Tensor], *, window: int | None
+) -> None:
+    """Within float32's rounding, and where the result is in bfloat16 its last half unit."""
+    query, *kept = buffers
+    prompt_keys, prompt_values, own_keys, own_values = kept
     keys, values = (
         [
             torch.cat([prompt[p, :, :n], own[row, :, : m + 1]], dim=1)
-            for row, (p, n, m) in enumerate(zip(place, prompt_length, own_length, strict=True))
+            for row, (p, n, m) in enumerate(zip(*lengths.values(), strict=True))
         ]
         for prompt, own in ((prompt_keys, own_keys), (prompt_values, own_values))
     )
-    got = native.decode_attention(
-        query,
-        prompt_keys,
-        prompt_values,
-        own_keys,
-        own_values,
-        place=place,
-        prompt_length=prompt_length,
-        own_length=own_length,
-        scaling=0.3,
-        window=window,
-    )
+    got = native.decode_attention(query, *kept, **lengths, scaling=0.3, window=window)
     wanted = expected(query, keys, values, scaling=0.3, window=window)
-    assert (got.double() - wanted).abs().max() < bound
+    rounding = 2.0**-8 if query.dtype == torch.bfloat16 else 0.0
+    assert ((got.double() - wanted).abs() - rounding * wanted.abs()).max() < 3e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [8, 64, 70, 80, 128])
+@pytest.mark.parametrize("repeats", [1, 3, 8, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_attention(dtype: torch.dtype, repeats: int, width: int) -> None:
+    for window in (None, 1, 5):
+        assert_attends(*attend_case(dtype, width, repeats), window=window)
+
+
+@needs_kernels
+@pytest.mark.parametrize("window", [None, 40, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_attention_over_many_tokens(dtype: torch.dtype, window: int | None) -> None:
+    assert_attends(*attend_case(dtype, 64, 3, columns=150), window=window)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
+    """To the last bit."""
+    (query, *kept), lengths = attend_case(dtype, 70, 3, columns=40)
+    for window in (None, 9):
+        together = native.decode_attention(query, *kept, **lengths, scaling=0.3, window=window)
+        for row in range(len(query)):
+            prompts, own = kept[:2], [buffer[row : row + 1] for buffer in kept[2:]]
+            alone = {name: value[row : row + 1] for name, value in lengths.items()}
+            got = native.decode_attention(
+                query[row : row + 1], *prompts, *own, **alone, scaling=0.3, window=window
+            )
+            assert torch.equal(got[0], together[row])
+
+
+@needs_kernels
+def test_attention_shows_broken_numbers() -> None:
+    """A NaN in a key reaches the rows that see it, and no other."""
+    (query, *kept), lengths = attend_case(torch.float32, 64, 3)
+    kept[0][1, 0, 2, 5] = torch.nan  # of the second prompt, of the first key head
+    kept[2][2, 1, 1, 7] = torch.nan  # own of the third row, of the second key head
+    got = native.decode_attention(query, *kept, **lengths, scaling=0.3)
+    broken = got.isnan().all(-1).view(7, 2, 3)
+    assert torch.equal(broken, got.isnan().any(-1).view(7, 2, 3))
+    assert broken[..., 0].nonzero().tolist() == [[1, 0], [2, 1], [4, 0]]
+    assert torch.equal(broken.all(-1), broken.any(-1))
+
+
+@pytest.mark.slow
+@needs_kernels
+@pytest.mark.parametrize("less", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"])
+def test_decode_attention_with_fewer_instructions(
+    less: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an older processor of this kind would run."""
+    if platform.machine() != "x86_64":
+        pytest.skip("instructions of x86-64")
+    monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, less))
+    for cached in (building.kernels, building.kernel):
+        cached.cache_clear()
+    try:
+        assert building.kernels() is not None
+        for dtype in (torch.float32, torch.bfloat16):
+            for width, repeats, window in ((64, 3, None), (80, 1, 5), (70, 8, 7), (128, 37, 1)):
+                case = attend_case(dtype, width, repeats, columns=40)
+                assert_attends(*case, window=window)
+    finally:
+        for cached in (building.kernels, building.kernel):
+            cached.cache_clear()
 
 
 def softmax_case(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,6 +326,10 @@ def test_softmax_reads_bfloat16_and_rounds_the_gradient_once(entropy: bool) -> N
     rounded = native.pick_gradient_(half, tokens, scale=0.7, **rest).float()
     # half a unit in the last of eight places, and what float32 rounds before
     assert ((rounded - exact).abs() <= exact.abs() * (2**-8 + 1e-5) + 1e-12).all()
+
+
+def test_heads_of_an_odd_width_attend_in_torch() -> None:
+    assert not native.can_attend(torch.zeros(1, 2, 7))
 
 
 def test_softmax_is_for_float32_and_bfloat16() -> None:

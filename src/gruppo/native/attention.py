@@ -16,7 +16,8 @@ _NAMES = {
 
 def can_attend(query: Tensor) -> bool:
     """Whether ``decode_attention`` can take such queries here."""
-    return query.device.type == "cpu" and query.dtype in _NAMES and kernels() is not None
+    is_taken = query.device.type == "cpu" and query.dtype in _NAMES and query.shape[-1] % 2 == 0
+    return is_taken and kernels() is not None
 
 
 def decode_attention(  # noqa: PLR0913 - eight tensors, each one thing
@@ -36,7 +37,7 @@ def decode_attention(  # noqa: PLR0913 - eight tensors, each one thing
 
     It sees the first ``prompt_length[n]`` keys of the prompt and ``own_length[n] + 1`` of its own
     (the last is that of the query's token); of these the last ``window``. Only for what
-    ``can_attend``. Products and sums are in float32.
+    ``can_attend``. Products and sums are in float32. A row's result does not depend on the others.
     """
     rows, heads, width = query.shape
     key_heads = prompt_keys.shape[1]
@@ -48,6 +49,7 @@ def decode_attention(  # noqa: PLR0913 - eight tensors, each one thing
     assert all(tensor.is_contiguous() for tensor in tensors), "buffers are whole"
     assert all(tensor.dtype == query.dtype for tensor in floats), "one type of numbers"
     assert all(tensor.dtype == torch.int64 for tensor in indices), "indices are int64"
+    assert width % 2 == 0, "halves of a head are rotated"
     kernel(_NAMES[query.dtype], "iiiiiiifppppppppp")(
         *(rows, key_heads, heads // key_heads, width),
         *(prompt_keys.shape[2], own_keys.shape[2], window or 0, scaling),

@@ -3,8 +3,10 @@
 // Plain C interface, no torch headers. H is the type of the residual stream, T that of products.
 // Sums are in float; results are rounded where the layer written in torch rounds them.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "numbers.h"
 
@@ -65,21 +67,27 @@ struct Heads {
   int64_t rows, heads, key_heads, width, own_columns;
 };
 
-// One head: normalised if there is a weight, then its halves rotated.
-template <typename T>
-void rotate(const T* x, int64_t width, const float* cosine, const float* sine, const float* weight,
-            float epsilon, T* out) {
-  const float scale = weight ? scale_to_unit(x, width, epsilon) : 1.0f;
+// One head: its halves rotated.
+template <typename T, typename Number>
+void rotate(const Number* x, int64_t width, const float* cosine, const float* sine, T* out) {
   const int64_t half = width / 2;
+#pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
-    float a = widen(x[i]), b = widen(x[i + half]);
-    if (weight) {
-      a = rounded<T>(a * scale) * weight[i];
-      b = rounded<T>(b * scale) * weight[i + half];
-    }
+    const float a = widen(x[i]), b = widen(x[i + half]);
     narrow(a * cosine[i] - b * sine[i], out + i);
     narrow(b * cosine[i + half] + a * sine[i + half], out + i + half);
   }
+}
+
+// The same after a norm, if there is a weight. `normed` has room for one head.
+template <typename T>
+void norm_and_rotate(const T* x, int64_t width, const float* cosine, const float* sine,
+                     const float* weight, float epsilon, float* normed, T* out) {
+  if (!weight) return rotate(x, width, cosine, sine, out);
+  const float scale = scale_to_unit(x, width, epsilon);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) normed[i] = rounded<T>(widen(x[i]) * scale) * weight[i];
+  rotate(normed, width, cosine, sine, out);
 }
 
 template <typename T>
@@ -87,19 +95,20 @@ void rotate_and_keep(const Heads& s, const T* packed, const float* cosine, const
                      const float* query_weight, const float* key_weight, float query_epsilon,
                      float key_epsilon, const int64_t* own_length, T* query, T* own_keys,
                      T* own_values) {
-#pragma omp parallel for schedule(static)
+  std::vector<float> normed(s.width);
+#pragma omp parallel for schedule(static) firstprivate(normed)
   for (int64_t n = 0; n < s.rows; ++n) {
     const T* from = packed + n * (s.heads + 2 * s.key_heads) * s.width;
     const float* c = cosine + n * s.width;
     const float* d = sine + n * s.width;
     T* to = query + n * s.heads * s.width;
     for (int64_t h = 0; h < s.heads; ++h, from += s.width, to += s.width)
-      rotate(from, s.width, c, d, query_weight, query_epsilon, to);
+      norm_and_rotate(from, s.width, c, d, query_weight, query_epsilon, normed.data(), to);
     const T* value = from + s.key_heads * s.width;
     for (int64_t h = 0; h < s.key_heads; ++h, from += s.width, value += s.width) {
       const int64_t at = ((n * s.key_heads + h) * s.own_columns + own_length[n]) * s.width;
-      rotate(from, s.width, c, d, key_weight, key_epsilon, own_keys + at);
-      for (int64_t i = 0; i < s.width; ++i) own_values[at + i] = value[i];
+      norm_and_rotate(from, s.width, c, d, key_weight, key_epsilon, normed.data(), own_keys + at);
+      std::copy(value, value + s.width, own_values + at);
     }
   }
 }

@@ -71,7 +71,8 @@ class FusedStep:
         )
         update = None
         for layer, kept in zip(self._layers, self._store.layers, strict=True):
-            kept.reserve(columns=step.columns)
+            if step.columns > kept.own_keys.shape[2]:
+                kept.reserve(columns=step.columns)
             packed = layer.query_key_value(self._normed(hidden, update, layer.before_attention))
             query = native.rotate_and_keep(
                 packed,
