@@ -4,7 +4,6 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +15,7 @@ from gruppo.reward.code_tests import Streams
 from gruppo.sandbox import CPP, Binary, Box, NoSandbox, Outcome, Sandbox, SandboxFailure
 from gruppo.sandbox.compiled import _won, for_compiling
 from gruppo.sandbox.lite import Lite
+from gruppo.sandbox.pool import Pool
 from gruppo.sandbox.toolchain import find
 from gruppo.types import Completion, Problem, Score
 
@@ -171,9 +171,13 @@ def test_a_machine_without_descriptors_is_no_fault_of_a_program() -> None:
         build(fresh, trial, CPP)
 
 
-def test_a_compilers_box_that_could_not_be_tried_is_refused(tmp_path: Path) -> None:
+def test_a_compilers_box_that_could_not_be_tried_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not taken for one in which the attack failed."""
-    maker = SimpleNamespace(map=lambda task, items: [Binary(data=b"x"), SandboxFailure("gone")])
+    answers = [Binary(data=b"x"), SandboxFailure("gone")]
+    monkeypatch.setattr(Pool, "map", lambda self, task, items: answers)
+    maker = Pool(lambda: pytest.fail("no box is asked for"), Sandbox(), 1)
     with pytest.raises(NoSandbox, match=r"g\+\+ cannot be tried in its box: gone"):
         _won(maker, maker, CPP, tmp_path / "canary")
 

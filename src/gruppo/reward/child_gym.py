@@ -43,15 +43,15 @@ def make(settings: dict) -> tuple[Callable[[bytes], object], dict]:
     sealed: set[int] = set()
 
     def handle(payload: bytes) -> dict[str, float | str]:
-        if linux and os.getpid() not in sealed:
-            _seal()
+        if os.getpid() not in sealed:
+            resource.setrlimit(resource.RLIMIT_AS, (settings["memory_bytes"],) * 2)
+            if linux:
+                _seal()
             sealed.add(os.getpid())
         request = pickle.loads(payload)  # made by the trainer
         task, entry = request["task"], request["entry"]
         if task not in scorers:
             scorers[task] = reasoning_gym.get_score_answer_fn(task)
-        memory = settings["memory_bytes"]
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         signal.setitimer(signal.ITIMER_PROF, settings["cpu_s"])
         try:
             return _scored(scorers[task], request["answer"], entry)
