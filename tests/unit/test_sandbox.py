@@ -22,9 +22,9 @@ from gruppo.sandbox import (
     choose,
     decode,
     encode,
+    family,
     same,
 )
-from gruppo.sandbox import box as box_module
 from gruppo.sandbox.lite import Lite, Unboxed
 from gruppo.sandbox.python import library
 from gruppo.sandbox.wire import check
@@ -243,7 +243,7 @@ def test_only_processes_of_ours_are_killed_and_what_was_said_is_dropped(
         kill(pid, number)
 
     monkeypatch.setattr(os, "kill", watched)
-    monkeypatch.setattr(box_module, "_children", lambda pid: [pid])  # two numbers to kill
+    monkeypatch.setattr(family, "_children", lambda pid: [pid])  # two numbers to kill
     ended, cut = (Box(Lite(), SETTINGS, 61_500 + n) for n in range(2))
     ended.wait_ready()
     outcome = ended.script("print('x' * 1000)", b"")

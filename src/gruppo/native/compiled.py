@@ -18,6 +18,9 @@ from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Final
+
+import torch
 
 from gruppo.cache import cache_folder
 from gruppo.measured import processor
@@ -30,6 +33,8 @@ _MATH = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-si
 _TIMEOUT_S = 120
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 _log = logging.getLogger(__name__)
+TYPES: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""Numbers that kernels take, and what ends the names of theirs."""
 
 
 @cache

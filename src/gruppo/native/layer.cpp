@@ -13,13 +13,6 @@
 namespace {
 
 template <typename T>
-float rounded(float x) {
-  T stored;
-  narrow(x, &stored);
-  return widen(stored);
-}
-
-template <typename T>
 float scale_to_unit(const T* x, int64_t width, float epsilon) {
   float squares = 0;
 #pragma omp simd reduction(+ : squares)

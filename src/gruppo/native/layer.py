@@ -10,9 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gruppo.native.compiled import kernel
-
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+from gruppo.native.compiled import TYPES, kernel
 
 
 def add_norm(
@@ -38,7 +36,7 @@ def add_norm(
     assert all(tensor.is_contiguous() for tensor in given), "rows are whole"
     assert weight.dtype == torch.float32
     assert update is None or update.dtype == dtype
-    name = f"add_norm_{_NAMES[hidden.dtype]}_{_NAMES[dtype]}"
+    name = f"add_norm_{TYPES[hidden.dtype]}_{TYPES[dtype]}"
     added = None if update is None else update.data_ptr()
     kernel(name, "iifpppp")(
         rows, width, epsilon, hidden.data_ptr(), added, weight.data_ptr(), out.data_ptr()
@@ -51,7 +49,7 @@ def swiglu(gate_up: Float[Tensor, "N J"]) -> Float[Tensor, "N I"]:
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty((rows, width))
     assert gate_up.is_contiguous(), "rows are whole"
-    name = f"swiglu_{_NAMES[gate_up.dtype]}"
+    name = f"swiglu_{TYPES[gate_up.dtype]}"
     kernel(name, "iipp")(rows, width, gate_up.data_ptr(), out.data_ptr())
     return out
 
@@ -89,7 +87,7 @@ def rotate_and_keep(
     assert cosine.dtype == sine.dtype == torch.float32
     assert own_length.dtype == torch.int64, "indices are int64"
     assert cosine.shape == sine.shape == (rows, width)
-    kernel(f"rotate_{_NAMES[packed.dtype]}", "iiiiiffppppppppp")(
+    kernel(f"rotate_{TYPES[packed.dtype]}", "iiiiiffppppppppp")(
         *(rows, heads, key_heads, width, columns, query_epsilon, key_epsilon),
         *(packed.data_ptr(), cosine.data_ptr(), sine.data_ptr()),
         *(None if weight is None else weight.data_ptr() for weight in (query_weight, key_weight)),

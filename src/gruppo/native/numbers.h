@@ -22,6 +22,14 @@ inline void narrow(float x, uint16_t* to) {  // to nearest, ties to even
   *to = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// As a T stores it.
+template <typename T>
+inline float rounded(float x) {
+  T stored;
+  narrow(x, &stored);
+  return widen(stored);
+}
+
 // exp for x <= 0, within 3e-7 of the true value relatively; 0 below -87.
 inline float exp_negative(float x) {
   const float clamped = x < -87.0f ? -87.0f : x;

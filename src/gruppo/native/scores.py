@@ -12,9 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gruppo.native.compiled import kernel, kernels
-
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+from gruppo.native.compiled import TYPES, kernel, kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ def can_score(query: Tensor) -> bool:
     Tensors of other classes than torch's own may have no memory to read (fake ones), or not all.
     """
     plain = type(query) is Tensor and query.device.type == "cpu"
-    return plain and query.dtype in _NAMES and kernels() is not None
+    return plain and query.dtype in TYPES and kernels() is not None
 
 
 def softmax_scores(
@@ -79,4 +77,4 @@ def _call(name: str, mask: Mask, given: tuple[Tensor, ...], made: tuple[Tensor, 
     sizes = (heads * rows, columns, mask.queries, mask.repeats, int(mask.causal), mask.scale)
     kinds = "iiiiif" + "p" * len(given + made)
     pointers = (tensor.data_ptr() for tensor in (*given, *made))
-    kernel(f"{name}_{_NAMES[made[0].dtype]}", kinds)(*sizes, *pointers)
+    kernel(f"{name}_{TYPES[made[0].dtype]}", kinds)(*sizes, *pointers)

@@ -10,14 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gruppo.native.compiled import kernel, kernels
-
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+from gruppo.native.compiled import TYPES, kernel, kernels
 
 
 def can_softmax(logits: Tensor) -> bool:
     """Whether ``pick`` and ``pick_gradient_`` can take such logits here."""
-    return logits.device.type == "cpu" and logits.dtype in _NAMES and kernels() is not None
+    return logits.device.type == "cpu" and logits.dtype in TYPES and kernels() is not None
 
 
 def pick(
@@ -68,4 +66,4 @@ def _call(
     assert all(t is None or t.is_contiguous() for t in given), "buffers are whole"
     assert all(t is None or t.dtype == torch.float32 for t in floats), "all but logits is float32"
     pointers = (None if t is None else t.data_ptr() for t in given)
-    kernel(f"{name}_{_NAMES[logits.dtype]}", kinds)(rows, width, scale, *pointers)
+    kernel(f"{name}_{TYPES[logits.dtype]}", kinds)(rows, width, scale, *pointers)

@@ -16,13 +16,6 @@ extern "C" int omp_get_thread_num();
 
 namespace {
 
-template <typename T>
-float rounded(float x) {
-  T stored;
-  narrow(x, &stored);
-  return widen(stored);
-}
-
 // sum = hidden + update (if there is one), out = its RMS norm times weight, scale = 1 / its root.
 template <typename T>
 void norm_forward(int64_t rows, int64_t width, float epsilon, const float* hidden, const T* update,

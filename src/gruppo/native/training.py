@@ -13,9 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gruppo.native.compiled import kernel
-
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+from gruppo.native.compiled import TYPES, kernel
 
 
 def norm_forward(
@@ -152,4 +150,4 @@ def _call(
     tensors: Sequence[Tensor | None],
 ) -> None:
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    kernel(f"{name}_{_NAMES[dtype]}", kinds + "p" * len(tensors))(*numbers, *pointers)
+    kernel(f"{name}_{TYPES[dtype]}", kinds + "p" * len(tensors))(*numbers, *pointers)

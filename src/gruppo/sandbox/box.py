@@ -1,4 +1,4 @@
-"""One box from the host's side: a process, its pipes, and what may come out of them.
+"""One box from the host's side: its pipes, and what may come out of them.
 
 A box is used for one program and never again. Everything it says is untrusted: streams are cut at
 a limit, a line that is no reply to what was asked ends the box. The host never blocks on it: it
@@ -8,7 +8,6 @@ waits on all pipes at once, with a deadline.
 from __future__ import annotations
 
 import builtins
-import contextlib
 import json
 import os
 import secrets
@@ -18,7 +17,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final
 
 from gruppo.sandbox import filter as seccomp
@@ -33,11 +31,11 @@ from gruppo.sandbox.base import (
     Tools,
 )
 from gruppo.sandbox.bundle import BOOT, payload
+from gruppo.sandbox.family import GRACE, Family
 from gruppo.sandbox.pipes import Pipes
 from gruppo.sandbox.wire import Unsendable, check
 
 _START_SECONDS: Final = 60.0
-_GRACE: Final = 1.0  # for a process whose pipes are closed to be gone
 _HANDSHAKE: Final = 1 << 16  # bytes
 _NAME: Final = 80
 _TEXT: Final = 1 << 16  # bytes of a compiler's messages, and of the line before a program
@@ -66,7 +64,6 @@ class Box:
         self._ended: Outcome | None = None
         self._began = time.monotonic()
         self._deadline = self._began + _START_SECONDS
-        self._status: int | None = None
         self._folder, self._scratch = "", False
         self._pipes = Pipes()
         self._start(backend, uid)
@@ -81,7 +78,7 @@ class Box:
             plan = backend.launch(self._settings, command, uid)
             descriptors = plan.descriptors
             self._folder, self._scratch = plan.folder, plan.scratch
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 plan.argv,
                 stdin=inner["stdin"],
                 stdout=inner["stdout"],
@@ -101,12 +98,13 @@ class Box:
             self._pipes.hand_over()
             for descriptor in descriptors:
                 os.close(descriptor)
+        self._family = Family(process, starts_others=self._scratch)
         self._pipes.write("commands", payload(python) + _line(dict(plan.config)))
 
     @property
     def pid(self) -> int:
         """Process id, on the host, of the outermost process."""
-        return self._process.pid
+        return self._family.pid
 
     def wait_ready(self) -> None:
         """Wait until the box has taken its rights away.
@@ -197,16 +195,11 @@ class Box:
 
     def kill(self) -> None:
         """End the program at once; from any thread. ``close`` is still due."""
-        if self._process.poll() is not None:
-            return  # its number may be another process's by now
-        self._kill_family()
-        for pid in _children(self._process.pid) or [self._process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self._family.kill()
 
     def close(self) -> None:
         """End the process and everything in the box, close the pipes, and drop what it said."""
-        self._reap(0.0)
+        self._family.reap(0.0)
         self._pipes.close()
         self._tidy()
         if self._ended is not None:  # whoever asked has it
@@ -215,22 +208,6 @@ class Box:
     def _complaint(self) -> str:
         """The end of what the box wrote as errors."""
         return bytes(self._pipes.said["stderr"][-400:]).decode(errors="replace").strip()
-
-    def _kill_family(self) -> None:
-        """End what a compiler started, where no pid namespace ends with its first process.
-
-        The last one first: who started it waits for it and ends by itself, so that no zombie is
-        left to an init that reaps nothing.
-        """
-        if not self._scratch:
-            return
-        until = time.monotonic() + _GRACE
-        while (family := _descendants(self._process.pid)) and time.monotonic() < until:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(family[-1], signal.SIGKILL)
-            time.sleep(0.005)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _tidy(self) -> None:
         if self._scratch:
@@ -316,7 +293,7 @@ class Box:
 
     def _end(self, ended: str | None, text: str = "") -> Outcome:
         """Kill the box and say how it ended; ``ended`` None leaves that to its exit status."""
-        status = self._reap(_GRACE if ended is None else 0.0)
+        status = self._family.reap(GRACE if ended is None else 0.0)
         code: int | None = None
         if ended is None:
             long = time.monotonic() - self._began >= self._settings.cpu_s - 0.2
@@ -329,27 +306,6 @@ class Box:
             text=text,
         )
         return self._ended
-
-    def _reap(self, patience: float) -> int:
-        """Wait ``patience`` seconds for the process, then kill it; its exit status."""
-        if self._status is None:
-            self._status = self._wait(patience)
-            if self._status is None:  # inner processes first: their parent then waits for them
-                self._kill_family()
-                for pid in (*_children(self._process.pid), self._process.pid):
-                    if self._status is not None:
-                        break  # the number may be another process's by now
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                    self._status = self._wait(_GRACE)
-        return self._process.wait() if self._status is None else self._status
-
-    def _wait(self, seconds: float) -> int | None:
-        """The exit status, if the process ends within that time."""
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
 
 
 def _printable(text: str) -> str:
@@ -370,15 +326,3 @@ def _read_status(code: int, *, long: bool) -> tuple[str, int]:
     if number == signal.SIGKILL and long:
         return "cpu", number
     return ("signal", number) if number else ("exit", code)
-
-
-def _children(pid: int) -> list[int]:
-    """Direct children of a process: the first process of its pid namespace, if it has one."""
-    with contextlib.suppress(OSError, ValueError):
-        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
-def _descendants(pid: int) -> list[int]:
-    """Children, and theirs; each behind its parent."""
-    return [found for child in _children(pid) for found in (child, *_descendants(child))]
