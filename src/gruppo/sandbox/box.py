@@ -246,20 +246,10 @@ class Box:
         reply = self._reply(self._settings.output)
         if isinstance(reply, Outcome):
             return reply
-        error = reply.get("error")
         try:
-            if reply.get("id") != ident or not ({"value", "error"} & reply.keys()):
-                raise Unsendable("a reply to nothing that was asked")
-            if error is None:
-                return Returned(value=check(reply.get("value")))
-            texts = [error.get(key) for key in ("type", "kind", "text")]
-            if not all(isinstance(text, str) for text in texts):
-                raise Unsendable("an error that is none")
+            return _read(reply, ident)
         except (Unsendable, AttributeError) as wrong:
             return self._end("protocol", str(wrong))
-        name, kind, text = (_printable(str(text))[: 4 * _NAME] for text in texts)
-        known = kind if kind in _BUILTIN_ERRORS else "Exception"
-        return Returned(error=name[:_NAME], kind=known, text=text)
 
     def _reply(self, limit: int) -> Outcome | dict[str, Any]:
         """The next line of replies, as JSON."""
@@ -306,6 +296,21 @@ class Box:
             text=text,
         )
         return self._ended
+
+
+def _read(reply: dict[str, Any], ident: str) -> Returned:
+    """What the reply to the request ``ident`` says; ``Unsendable`` if it is none."""
+    error = reply.get("error")
+    if reply.get("id") != ident or not ({"value", "error"} & reply.keys()):
+        raise Unsendable("a reply to nothing that was asked")
+    if error is None:
+        return Returned(value=check(reply.get("value")))
+    texts = [error.get(key) for key in ("type", "kind", "text")]
+    if not all(isinstance(text, str) for text in texts):
+        raise Unsendable("an error that is none")
+    name, kind, text = (_printable(str(text))[: 4 * _NAME] for text in texts)
+    known = kind if kind in _BUILTIN_ERRORS else "Exception"
+    return Returned(error=name[:_NAME], kind=known, text=text)
 
 
 def _printable(text: str) -> str:
