@@ -83,6 +83,24 @@ class Interrupts:
 
 
 @contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise an ``Interrupted`` as itself that came out wrapped as the cause of another error.
+
+    Python 3.11 does that to whatever is raised while a class body's fields get their names, so a
+    signal during an import would look like a defect of the imported library.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, Interrupted):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+@contextmanager
 def ending_with(kill: Callable[[], None]) -> Iterator[None]:
     """Inside, a second signal calls ``kill`` before it ends the process.
 

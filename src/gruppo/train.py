@@ -24,7 +24,7 @@ from gruppo.diagnose import (
 )
 from gruppo.errors import NumericError, OutOfMemory, ServiceError
 from gruppo.evaluate import Evaluation, Evaluator
-from gruppo.interrupt import Interrupted, Interrupts
+from gruppo.interrupt import Interrupted, Interrupts, unwrapped
 from gruppo.memory import Fitting, keep_heap, release_heap
 from gruppo.objective import Coefficients, Objective
 from gruppo.policy import Policy
@@ -151,22 +151,23 @@ def train(run: Run, state: TrainState | None = None) -> Outcome:
     started, ended_by, version = state.step, None, run.policy.version
     with run.interrupts.installed():
         try:
-            self_test(run.policy, run.rollouts)
-            state, newest = evaluate_if_due(run, state)
-            before = newest if started == 0 else None
-            while (ended_by := _reason_to_stop(run, state)) is None:
-                with run.budget.timing("step"):
-                    step_began = run.budget.clock()
-                    iteration = iterate(run, state)
-                    seconds = run.budget.clock() - step_began
-                    state = finish(run, state, iteration, seconds=seconds)
-                    version = run.policy.version
-                run.interrupts.release()
+            with unwrapped():
+                self_test(run.policy, run.rollouts)
                 state, newest = evaluate_if_due(run, state)
-                save_if_due(run, state)
-            save_whole(run, state)
-            if state.evaluated != state.step:
-                state, newest = evaluate_now(run, state)
+                before = newest if started == 0 else None
+                while (ended_by := _reason_to_stop(run, state)) is None:
+                    with run.budget.timing("step"):
+                        step_began = run.budget.clock()
+                        iteration = iterate(run, state)
+                        seconds = run.budget.clock() - step_began
+                        state = finish(run, state, iteration, seconds=seconds)
+                        version = run.policy.version
+                    run.interrupts.release()
+                    state, newest = evaluate_if_due(run, state)
+                    save_if_due(run, state)
+                save_whole(run, state)
+                if state.evaluated != state.step:
+                    state, newest = evaluate_now(run, state)
         except Interrupted:
             run.keeper.save(state)
             raise

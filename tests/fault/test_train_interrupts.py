@@ -52,10 +52,19 @@ def hang(run, monkeypatch, place):
     elif place == "step":
         monkeypatch.setattr(Policy, "step", before(Policy.step, Bell(5)))
         return 3  # weights have moved: the step is finished first
+    elif place == "import":  # in sampling, where something is imported for the first time
+        bell = Bell(3)
+        run.engine.hook = lambda key: importing(bell) if key == 0 else None
     else:
         run.keeper.on_save = Bell(1)
         return 2
     return 2
+
+
+def importing(bell):
+    """Ring while a class body's field gets its name; Python 3.11 wraps what is raised there."""
+    name = type("Name", (), {"__set_name__": lambda self, *_: bell()})()
+    type("Imported", (), {"field": name})
 
 
 @pytest.mark.parametrize(
@@ -63,7 +72,10 @@ def hang(run, monkeypatch, place):
     [
         "backward",
         "save",
-        *(pytest.param(p, marks=pytest.mark.slow) for p in ("sampling", "step", "evaluation")),
+        *(
+            pytest.param(p, marks=pytest.mark.slow)
+            for p in ("sampling", "import", "step", "evaluation")
+        ),
     ],
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tiny_folder, monkeypatch, place):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gruppo.interrupt import Interrupted, Interrupts
+from gruppo.interrupt import Interrupted, Interrupts, unwrapped
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -50,6 +50,26 @@ def careless():
 def test_no_except_exception_swallows_it():
     with Interrupts().installed(), pytest.raises(Interrupted):
         careless()
+
+
+class Interrupting:
+    """Gets its signal while a class body gives it its name, as in an import."""
+
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_in_the_middle_of_an_import_comes_out_as_itself():
+    with Interrupts().installed(), pytest.raises(Interrupted) as caught, unwrapped():
+        type("Imported", (), {"field": Interrupting()})
+    assert caught.value.exit_code == 143
+
+
+def test_other_errors_keep_their_cause():
+    cause = KeyError("cause")
+    with pytest.raises(ValueError, match="error") as caught, unwrapped():
+        raise ValueError("error") from cause
+    assert caught.value.__cause__ is cause
 
 
 def test_the_second_signal_ends_the_process_at_once():

@@ -17,7 +17,7 @@ from rich.console import Console
 from gruppo import __version__
 from gruppo.bench.work import Work
 from gruppo.cli.errors import USER_ERROR, exit_code, explain
-from gruppo.interrupt import Interrupted, whole_process
+from gruppo.interrupt import Interrupted, unwrapped, whole_process
 
 app: Final = App(
     name="gruppo",
@@ -60,7 +60,8 @@ def _run(tokens: list[str]) -> int:
     if "" not in sys.path:
         sys.path.append("")  # custom parts may lie in the current folder
     try:
-        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        with unwrapped():
+            code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         _tell(f"error: {error}\nSee: gruppo --help")
         return USER_ERROR
