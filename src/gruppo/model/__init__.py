@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         save_adapter,
         without_adapter,
     )
+    from gruppo.model.casts import Casts
+    from gruppo.model.gradient import summing
     from gruppo.model.logprob import Scored, can_fuse, can_pack, completion_logp
     from gruppo.model.packaged import CATALOG, PackagedModel, cache_folder
     from gruppo.model.precision import cast_frozen, compute_dtype, is_autocast
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CATALOG": "gruppo.model.packaged",
+    "Casts": "gruppo.model.casts",
     "Encoder": "gruppo.model.prompt",
     "Loaded": "gruppo.model.source",
     "Lora": "gruppo.model.adapter",
@@ -48,11 +51,13 @@ _HOMES = {
     "merged_weights": "gruppo.model.adapter",
     "multiplying": "gruppo.model.products",
     "save_adapter": "gruppo.model.adapter",
+    "summing": "gruppo.model.gradient",
     "without_adapter": "gruppo.model.adapter",
 }
 
 __all__ = [
     "CATALOG",
+    "Casts",
     "Encoder",
     "Loaded",
     "Lora",
@@ -75,6 +80,7 @@ __all__ = [
     "merged_weights",
     "multiplying",
     "save_adapter",
+    "summing",
     "without_adapter",
 ]
 

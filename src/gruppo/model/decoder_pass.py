@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gruppo import native
+from gruppo.model.casts import Casts, joined
 from gruppo.model.decoder import Decoder, Group, Layer, find_decoder
+from gruppo.model.gradient import give, give_rows
 from gruppo.model.packing import Packing
 from gruppo.model.parts import text_config
 from gruppo.model.products import current_products, multiplying
@@ -53,6 +55,7 @@ def find_pass(model: nn.Module, *, device: str = "cpu") -> Decoder | None:
         and set(known.get("layer_types") or ()) <= {"full_attention"}
         and not known.get("attention_dropout")
         and all(_is_plain(layer) for layer in decoder.layers)
+        and not (decoder.embedding.sparse or decoder.embedding.scale_grad_by_freq)
         and decoder.embedding.weight.dtype == decoder.norm.weight.dtype == torch.float32
         and not any(_is_watched(module) for module in model.modules())
     )
@@ -78,13 +81,19 @@ def _is_watched(module: nn.Module) -> bool:
     return recomputes or bool(module._backward_hooks or module._backward_pre_hooks)
 
 
-def decoder_states(decoder: Decoder, packing: Packing) -> Float[Tensor, "M E"]:
-    """Hidden states after the last norm, at the positions that predict completion tokens."""
+def decoder_states(
+    decoder: Decoder, packing: Packing, casts: Casts | None = None
+) -> Float[Tensor, "M E"]:
+    """Hidden states after the last norm, at the positions that predict completion tokens.
+
+    ``casts`` keeps what products are made of for the next pass over the same weights.
+    """
     half = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if half else torch.float32
-    hidden = decoder.embedding(packing.ids)
+    embedding = decoder.embedding
     with torch.autocast("cpu", enabled=False):
-        rows = _Row.of(decoder, packing, hidden, dtype)
+        hidden = _Embedding.apply(packing.ids, embedding.weight, embedding.padding_idx)
+        rows = _Row.of(decoder, packing, hidden, dtype, casts)
         for layer in decoder.layers:
             hidden = _Layer.apply(hidden, rows, _Plan.of(layer), *layer.parameters())
         states, norm = hidden[packing.source], decoder.norm
@@ -115,16 +124,25 @@ class _Row:
     cosine: Float[Tensor, "N D"]
     sine: Float[Tensor, "N D"]
     dtype: torch.dtype
+    casts: Casts | None
 
     @classmethod
-    def of(cls, decoder: Decoder, packing: Packing, hidden: Tensor, dtype: torch.dtype) -> _Row:
+    def of(
+        cls,
+        decoder: Decoder,
+        packing: Packing,
+        hidden: Tensor,
+        dtype: torch.dtype,
+        casts: Casts | None,
+    ) -> _Row:
         with torch.no_grad():
             turns = decoder.rotary(hidden[None], packing.positions[None])
         cosine, sine = (part[0].float().contiguous() for part in turns)
         width = cosine.shape[1]
         heads = decoder.layers[0].query_key_value[0].out_features // width
         query = hidden.new_empty(1, heads, 0, width, dtype=dtype)
-        return cls(parts=cut(packing.parts, query), cosine=cosine, sine=sine, dtype=dtype)
+        parts = cut(packing.parts, query)
+        return cls(parts=parts, cosine=cosine, sine=sine, dtype=dtype, casts=casts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +153,12 @@ class _Joint:
     biases: tuple[int | None, ...]
     sizes: tuple[int, ...]
 
-    def matrix(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "O I"]:
+    def matrix(
+        self, parameters: Sequence[Tensor], dtype: torch.dtype, casts: Casts | None
+    ) -> Float[Tensor, "O I"]:
         """The joint matrix in ``dtype``: a copy, unless it is one layer's as it is."""
-        weights = [parameters[at].detach() for at in self.weights]
-        if len(weights) == 1 and weights[0].dtype == dtype:
-            return weights[0]
-        matrix = weights[0].new_empty(sum(self.sizes), weights[0].shape[1], dtype=dtype)
-        for part, weight in zip(matrix.split(self.sizes), weights, strict=True):
-            part.copy_(weight)
-        return matrix
+        weights = [parameters[at] for at in self.weights]
+        return joined(weights, dtype) if casts is None else casts.of(weights, dtype)
 
     def bias(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "O"] | None:
         """The layers' biases side by side, 0 for a layer without one; None if none has one."""
@@ -195,7 +210,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, row: _Row, plan: _Plan, *parameters: Tensor) -> Tensor:
         linear, dtype = nn.functional.linear, row.dtype
-        matrices = [joint.matrix(parameters, dtype) for joint in plan.joints]
+        matrices = [joint.matrix(parameters, dtype, row.casts) for joint in plan.joints]
         biases = [joint.bias(parameters, dtype) for joint in plan.joints]
         first, second = parameters[0].detach(), parameters[1].detach()
         _, normed, scale = native.norm_forward(
@@ -214,7 +229,7 @@ class _Layer(torch.autograd.Function):
             *(hidden, scale, heads.query, heads.key, heads.value, mixed, lse, between, other),
             *(gates, first, second, *matrices),
         )
-        ctx.row, ctx.plan, ctx.products = row, plan, current_products()
+        ctx.row, ctx.plan, ctx.products, ctx.parameters = row, plan, current_products(), parameters
         return between + linear(native.swiglu(gates), matrices[3], biases[3])
 
     @staticmethod
@@ -225,7 +240,7 @@ class _Layer(torch.autograd.Function):
         row, plan = ctx.row, ctx.plan
         query_key_value, out, gate_up, down = plan.joints
         heads = _Heads(query, key, value)
-        found = _Found(ctx.needs_input_grad[3:])
+        found = _Found(ctx.parameters, ctx.needs_input_grad[3:])
         carry = grad_outputs[0].contiguous()
         with torch.autocast("cpu", enabled=False), multiplying(ctx.products):
             grad = carry.to(row.dtype)
@@ -279,25 +294,49 @@ class _Heads:
 class _Found:
     """The gradients of a layer's parameters, as far as they are wanted."""
 
-    def __init__(self, wanted: Sequence[bool]) -> None:
-        self._wanted = wanted
-        self._by_place: dict[int, Tensor] = {}
+    def __init__(self, parameters: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+        self._parameters, self._wanted = parameters, wanted
+        self._by_place: dict[int, Tensor | None] = {}
 
     def add_norm(self, place: int, grad: Tensor) -> None:
         """That of a norm's weight."""
-        self._by_place[place] = grad
+        self._give(place, grad)
 
     def add(self, joint: _Joint, grad: Tensor, rows: Tensor) -> None:
         """Those of linear layers, from the gradient of their result and the rows they took."""
         if any(self._wanted[at] for at in joint.weights):
-            whole = (grad.t() @ rows).float()
-            self._by_place |= dict(zip(joint.weights, whole.split(joint.sizes), strict=True))
+            whole = (grad.t() @ rows).split(joint.sizes)
+            for at, part in zip(joint.weights, whole, strict=True):
+                self._give(at, part)
         if any(at is not None for at in joint.biases):
             summed = grad.sum(0, dtype=torch.float32).split(joint.sizes)
             for at, part in zip(joint.biases, summed, strict=True):
                 if at is not None:
-                    self._by_place[at] = part
+                    self._give(at, part)
 
     def gradients(self) -> list[Tensor | None]:
-        """One for each parameter; None where none is wanted."""
+        """One for each parameter; None where none is wanted, or where it has been added."""
         return [self._by_place[at] if wanted else None for at, wanted in enumerate(self._wanted)]
+
+    def _give(self, place: int, grad: Tensor) -> None:
+        if self._wanted[place]:
+            self._by_place[place] = give(self._parameters[place], grad)
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of a matrix; that of the padding token gets no gradient, as in torch's own module."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.padding = weight, padding
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
+        (ids,), (grad,) = ctx.saved_tensors, grad_outputs
+        if ctx.padding is not None:
+            trained = ids != ctx.padding
+            ids, grad = ids[trained], grad[trained]
+        return None, give_rows(ctx.weight, ids, grad), None

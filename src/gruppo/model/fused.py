@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gruppo.model.casts import Casts
+from gruppo.model.gradient import add, give, sums_up
 from gruppo.model.products import current_products, multiplying
 from gruppo.model.rule import LogitRule
 from gruppo.native import can_softmax, pick, pick_gradient_
@@ -25,12 +27,22 @@ KEPT_BYTES: Final = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class HeadOptions:
-    """How the head is computed; ``keep``: whether a backward pass can follow."""
+    """How the head is computed; ``keep``: whether a backward pass can follow.
+
+    ``casts`` keeps the weight in the products' type for the next pass.
+    """
 
     rule: LogitRule
     entropy: bool
     chunk: int
     keep: bool
+    casts: Casts | None = None
+
+    def matrix(self, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The weight in the products' type (None: its own)."""
+        if dtype is None or weight.dtype == dtype:
+            return weight
+        return weight.to(dtype) if self.casts is None else self.casts.of([weight], dtype)
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:
@@ -71,7 +83,8 @@ class FusedHead(torch.autograd.Function):
         keep = kept_positions(len(hidden), options.chunk, len(weight) * wide.itemsize)
         kept: dict[int, Tensor] = {}
         with torch.autocast(kind, enabled=False):
-            head = _Head(_cast(hidden, product), _cast(weight, product), bias, options.rule, wide)
+            matrix = options.matrix(weight, product)
+            head = _Head(_cast(hidden, product), matrix, bias, options.rule, wide)
             for part in _slices(len(hidden), options.chunk):
                 z = head.logits(part)
                 logp[part], lse[part], spread[part] = head.pick(z, tokens[part], options.entropy)
@@ -94,7 +107,7 @@ class FusedHead(torch.autograd.Function):
         used = None if grad_entropy is None or not options.entropy else grad_entropy.contiguous()
         grads = _Gradients.zeros(hidden, weight, bias, ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False), multiplying(ctx.products):
-            rows, matrix = _cast(hidden, ctx.product), _cast(weight, ctx.product)
+            rows, matrix = _cast(hidden, ctx.product), options.matrix(weight, ctx.product)
             head = _Head(rows, matrix, bias, options.rule, lse.dtype)
             for part in _slices(len(hidden), options.chunk):
                 # taken out: they become the gradient, so a second backward pass makes them anew
@@ -106,7 +119,7 @@ class FusedHead(torch.autograd.Function):
                 )
                 grads.add(part, dz, rows[part], matrix)
                 del z, dz
-        return grads.hidden, grads.cast_weight(weight), grads.bias, None, None
+        return grads.hidden, grads.of_weight(weight), grads.bias, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,21 +196,27 @@ class _Head:
 
 @dataclass(frozen=True, slots=True)
 class _Gradients:
-    """Sums over chunks; None where no gradient is wanted. The matrix sums up in wide floats."""
+    """Sums over chunks; None where no gradient is wanted. The matrix sums up in wide floats.
+
+    ``direct`` is the weight if its gradient is added to its own at once.
+    """
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    direct: Tensor | None
 
     @classmethod
     def zeros(
         cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]
     ) -> _Gradients:
         wide = wide_type(hidden.dtype)
+        direct = needs[1] and sums_up(weight)
         return cls(
             torch.zeros_like(hidden) if needs[0] else None,
-            torch.zeros_like(weight, dtype=wide) if needs[1] else None,
+            torch.zeros_like(weight, dtype=wide) if needs[1] and not direct else None,
             torch.zeros_like(bias) if bias is not None and needs[2] else None,
+            weight if direct else None,
         )
 
     def add(self, part: slice, dz: Tensor, rows: Tensor, matrix: Tensor) -> None:
@@ -206,13 +225,19 @@ class _Gradients:
         dz = dz.to(rows.dtype)
         if self.hidden is not None:
             self.hidden[part] = (dz @ matrix).to(self.hidden.dtype)
-        in_place = current_products() == "torch"
-        if self.weight is not None and self.weight.dtype == dz.dtype and in_place:
-            self.weight.addmm_(dz.t(), rows)
-        elif self.weight is not None:
-            self.weight.add_(dz.t() @ rows)
+        if self.direct is not None and self.direct.grad is None:
+            give(self.direct, dz.t() @ rows)
+            return
+        total = self.weight if self.direct is None else self.direct.grad
+        if total is None:
+            return
+        if total.dtype == dz.dtype and current_products() == "torch":
+            total.addmm_(dz.t(), rows)
+        else:
+            add(total, dz.t() @ rows)
 
-    def cast_weight(self, weight: Tensor) -> Tensor | None:
+    def of_weight(self, weight: Tensor) -> Tensor | None:
+        """What autograd is to add to the weight's gradient."""
         return None if self.weight is None else self.weight.to(weight.dtype)
 
 

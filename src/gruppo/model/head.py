@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gruppo.model.casts import Casts
 from gruppo.model.fused import FusedHead, HeadOptions, wide_type
 from gruppo.model.parts import text_config
 from gruppo.model.products import Products, current_products, multiplying
@@ -45,6 +46,7 @@ def token_logp(
     rule: LogitRule,
     entropy: bool,
     chunk: int,
+    casts: Casts | None = None,
 ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
     """Log-probabilities of ``tokens`` and entropies of their distributions, both differentiable.
 
@@ -52,11 +54,11 @@ def token_logp(
     hidden states). Entropies are zeros unless ``entropy``; where no gradient comes back to them,
     as when they only are logged, the backward pass computes none. A plain linear head takes a fused
     forward and backward; any other module (a head with an adapter, say) is called chunk by chunk
-    and recomputed in the backward pass.
+    and recomputed in the backward pass. ``casts`` keeps a plain head's weight in the products' type.
     """
     assert chunk > 0, f"chunk = {chunk}"
     if type(head) is nn.Linear:
-        options = HeadOptions(rule, entropy, chunk, keep=torch.is_grad_enabled())
+        options = HeadOptions(rule, entropy, chunk, torch.is_grad_enabled(), casts)
         return FusedHead.apply(hidden, head.weight, head.bias, tokens, options)
     products = current_products()  # of the pass that recomputes it, too
     parts = [

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gruppo.model.attention import NAME, PACKING
+from gruppo.model.casts import Casts
 from gruppo.model.decoder_pass import decoder_states, find_pass
 from gruppo.model.head import logit_rule, token_logp
 from gruppo.model.packing import Packing, pack
@@ -51,6 +52,7 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
     packed: bool = False,
     fused: bool = False,
     chunk: int = 512,
+    casts: Casts | None = None,
 ) -> Scored:
     """Score ``tokens`` after their ``prompts`` (one per row), differentiably.
 
@@ -70,6 +72,7 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
         packed: Compute each prompt once for its neighbouring rows; if :func:`can_pack`.
         fused: Packed rows in few calls a layer (``decoder_pass.py``); if :func:`can_fuse`.
         chunk: Positions projected to the vocabulary at once.
+        casts: Keeps copies of the weights in the products' type for the next pass.
 
     Returns:
         float32 tensors [B, T] (float64 for a float64 model) on the model's device.
@@ -83,7 +86,7 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
     valid = (torch.arange(tokens.shape[1]) < torch.tensor(counts)[:, None]).to(device)
     decoder = find_pass(model) if packed and fused else None
     if decoder is not None:
-        states = decoder_states(decoder, pack(prompts, tokens, counts))
+        states = decoder_states(decoder, pack(prompts, tokens, counts), casts)
     else:
         with thrifty() if device.type == "cpu" else nullcontext():
             states = (_packed_states if packed else _plain_states)(model, prompts, tokens, counts)
@@ -94,6 +97,7 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
         rule=logit_rule(model, temperature),
         entropy=entropy,
         chunk=chunk,
+        casts=casts,
     )
     empty = torch.zeros(valid.shape, device=device, dtype=logp.dtype)
     return Scored(

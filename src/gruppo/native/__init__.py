@@ -10,6 +10,8 @@ from gruppo.native.sampling import can_sample, sample
 from gruppo.native.scores import Mask, can_score, score_gradient, softmax_scores
 from gruppo.native.softmax import can_softmax, pick, pick_gradient_
 from gruppo.native.training import (
+    add_,
+    can_add,
     join_heads,
     norm_backward,
     norm_forward,
@@ -19,7 +21,9 @@ from gruppo.native.training import (
 
 __all__ = [
     "Mask",
+    "add_",
     "add_norm",
+    "can_add",
     "can_attend",
     "can_sample",
     "can_score",

@@ -150,11 +150,17 @@ void join_heads(const Heads& s, const float* query, const float* key, const floa
   }
 }
 
+template <typename T>
+void add(int64_t count, float* total, const T* part) {
+#pragma omp parallel for simd schedule(static)
+  for (int64_t i = 0; i < count; ++i) total[i] += widen(part[i]);
+}
+
 }  // namespace
 
 // All tensors are contiguous. hidden, sum, x, carry and total [N, E] float; update, out, grad,
 // total_narrow and again [N, E]; scale [N]; weight and weight_grad [E]. gate_up and gradient
-// [N, 2 I]. packed [N, K (R + 2) D]; query [K, N, R, D]; key and value [K, N, D]; cosine and sine
+// [N, 2 I]. total and part of `add` [count]. packed [N, K (R + 2) D]; query [K, N, R, D]; key and value [K, N, D]; cosine and sine
 // [N, D].
 #define TRAINING(NAME, T)                                                                         \
   extern "C" void norm_forward_##NAME(int64_t rows, int64_t width, float epsilon,                 \
@@ -185,6 +191,9 @@ void join_heads(const Heads& s, const float* query, const float* key, const floa
                                     T* packed) {                                                  \
     join_heads<T>(Heads{rows, key_heads, repeats, width}, query, key, value, cosine, sine,        \
                   packed);                                                                        \
+  }                                                                                               \
+  extern "C" void add_##NAME(int64_t count, float* total, const T* part) {                        \
+    add<T>(count, total, part);                                                                   \
   }
 
 TRAINING(float32, float)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gruppo.native.compiled import TYPES, kernel
+from gruppo.native.compiled import TYPES, kernel, kernels
 
 
 def norm_forward(
@@ -128,6 +128,24 @@ def join_heads(
     _check(given, wide=tuple(given[:-1]), narrow=(), dtype=dtype)
     _call("join_heads", dtype, "iiii", (rows, key_heads, repeats, width), given)
     return packed
+
+
+def can_add(total: Tensor, part: Tensor) -> bool:
+    """Whether ``add_`` takes these two."""
+    return (
+        total.device.type == part.device.type == "cpu"
+        and total.dtype == torch.float32
+        and part.dtype in TYPES
+        and total.shape == part.shape
+        and total.is_contiguous()
+        and part.is_contiguous()
+        and kernels() is not None
+    )
+
+
+def add_(total: Float[Tensor, "*shape"], part: Float[Tensor, "*shape"]) -> None:
+    """``total += part`` in one pass; for what ``can_add``."""
+    kernel(f"add_{TYPES[part.dtype]}", "ipp")(total.numel(), total.data_ptr(), part.data_ptr())
 
 
 def _check(

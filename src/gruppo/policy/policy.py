@@ -19,7 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from gruppo import dist
 from gruppo.model import (
+    Casts,
     Products,
     Scored,
     base_model,
@@ -32,6 +34,7 @@ from gruppo.model import (
     merged_weights,
     multiplying,
     save_adapter,
+    summing,
     without_adapter,
 )
 from gruppo.model.parts import causal, device_of
@@ -108,6 +111,7 @@ class Policy:
         self.reference_updates = 0
         self._autocast = is_autocast(compute_dtype)
         self._products: Products = products
+        self._casts = Casts()
         self._adamw = make_adamw(model, optim)
         self._kind = reference
         self._copy = _frozen_copy(model, compute_dtype) if reference == "copy" else None
@@ -173,13 +177,16 @@ class Policy:
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Add the gradient of ``loss`` to what was added since the last step."""
-        loss.backward()
+        alone = dist.world_size() == 1  # else a wrapper may wait for each gradient
+        with summing() if alone else nullcontext():
+            loss.backward()
 
     def step(self) -> UpdateReport:
         """Clip the summed gradient, move the weights, clear the gradient.
 
         A gradient that is not finite moves nothing and is dropped.
         """
+        self._casts.clear()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         norm = gradient_norm(trainable)
         lr = lr_at(self.optim, self.version + 1, self.total_updates)
@@ -199,6 +206,7 @@ class Policy:
 
     def discard_gradient(self) -> None:
         """Drop what :meth:`backward` added since the last step (a step that is abandoned)."""
+        self._casts.clear()
         self._adamw.zero_grad(set_to_none=True)
         self.model.eval()
 
@@ -310,6 +318,7 @@ class Policy:
                 entropy=entropy,
                 packed=self.packed,
                 fused=self._fused,
+                casts=self._casts if model is self.model else None,
             )
 
 
