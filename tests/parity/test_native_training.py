@@ -99,24 +99,39 @@ def test_heads(dtype, bound, repeats, width):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("dtype", "bound"), KINDS)
 def test_scores(dtype, bound, causal):
-    """3 queries over 5 keys: with a causal mask they see 3, 4 and 5 of them."""
+    """Queries 4 to 39 over keys 2 to 71: with a causal mask they see 35 to 70 of these."""
     torch.manual_seed(0)
-    raw = torch.randn(2, 3 * 4, 5, dtype=torch.float64, requires_grad=True)
-    mask = native.Mask(queries=3, repeats=4, causal=causal, scale=0.7)
-    seen = torch.ones(3, 5, dtype=torch.bool).tril(2 if causal else 5).repeat_interleave(4, dim=0)
-    scores = (raw * 0.7).masked_fill(~seen, -torch.inf)
-    weights, grad = torch.softmax(scores, -1), torch.randn(2, 12, 5)
-    (wanted,) = torch.autograd.grad((weights * grad).sum(), [raw])
-    got, lse = native.softmax_scores(raw.detach().float(), mask, dtype)
+    query, grad = torch.randn(2, 2, 40, 3, 14, dtype=torch.float64)  # a buffer of two
+    key, value = torch.randn(2, 2, 75, 14, dtype=torch.float64)
+    query, grad, key, value = (tensor.to(dtype) for tensor in (query, grad, key, value))
+    here, there = (t[:, 4:].double().requires_grad_() for t in (query, grad))
+    keys, values = (t[:, 2:72].double().requires_grad_() for t in (key, value))
+    raw = here.flatten(1, 2) @ keys.mT
+    seen = torch.ones(36, 70, dtype=torch.bool).tril(34 if causal else 70)
+    scores = (raw * 0.3).masked_fill(~seen.repeat_interleave(3, dim=0), -torch.inf)
+    weights = torch.softmax(scores, -1)
+    out = weights @ values
+    (wanted,) = torch.autograd.grad((out * there.flatten(1, 2)).sum(), [raw], retain_graph=True)
+    got, lse = native.softmax_scores(query[:, 4:], key[:, 2:72], causal=causal, scale=0.3)
     assert close(got, weights.detach(), bound)
     assert close(lse, scores.detach().logsumexp(-1), 1e-6)
-    delta = (weights.detach() * grad).sum(-1).float()
+    whole, delta = torch.zeros(2, 2, 40, 3)
+    whole[:, 4:] = lse.view(2, 36, 3)
+    delta[:, 4:] = (out * there.flatten(1, 2)).sum(-1).detach().float().view(2, 36, 3)
     again, gradient = native.score_gradient(
-        raw.detach().float(), grad, mask=mask, lse=lse, delta=delta, dtype=dtype
+        query[:, 4:],
+        key[:, 2:72],
+        value[:, 2:72],
+        grad[:, 4:],
+        causal=causal,
+        scale=0.3,
+        lse=whole[:, 4:],
+        delta=delta[:, 4:],
     )
     assert close(again, weights.detach(), bound)
     assert close(gradient, wanted, bound)
-    assert bool((got[:, ~seen] == 0).all() and (gradient[:, ~seen] == 0).all())
+    unseen = ~seen.repeat_interleave(3, dim=0)
+    assert bool((got[:, unseen] == 0).all() and (gradient[:, unseen] == 0).all())
 
 
 def test_sums_over_rows_do_not_change_from_call_to_call():

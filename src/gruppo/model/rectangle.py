@@ -1,8 +1,8 @@
 """Attention of some queries over some keys, and its gradient, in two ways of equal precision.
 
 ``ByProducts`` makes scores and their gradient in float32 and multiplies weights and values in the
-tensors' own type, as torch's flash kernel (``ByFlash``) does; it takes larger products of matrices,
-which on a CPU are several times faster for rectangles of a few hundred tokens. Tensors are ordered
+tensors' own type, as torch's flash kernel (``ByFlash``) does; its products of matrices are larger,
+which on a CPU makes them several times faster for rectangles of a few hundred tokens. Tensors are ordered
 by key head: ``[K, N, R, D]`` with ``R`` query heads to each of ``K`` key heads. Which rectangles
 there are, and how they are merged, is the business of ``segments.py``.
 """
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gruppo.native import Mask, can_score, score_gradient, softmax_scores
+from gruppo.native import can_score, score_gradient, softmax_scores
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -62,50 +62,42 @@ class Back(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ByProducts:
-    """Products of matrices, and compiled kernels for the softmax between them."""
+    """Compiled scores and softmax, and products of matrices."""
 
     query: Float[Tensor, "K N R D"]  # contiguous, so that a slice of queries is a matrix
-    key: Float[Tensor, "K N D"]
+    key: Float[Tensor, "K N D"]  # contiguous, too
     value: Float[Tensor, "K N D"]
     scaling: float
 
     def attend(self, here: slice, seen: slice, *, causal: bool) -> tuple[Tensor, Tensor]:
         """Attention [K, Q, R, D] of queries ``here`` over keys ``seen``; log-sum-exps [K, Q, R]."""
-        mask, scores = self._scores(here, seen, causal=causal)
-        weights, lse = softmax_scores(scores, mask, self.query.dtype)
+        query, key = self.query[:, here], self.key[:, seen]
+        weights, lse = softmax_scores(query, key, causal=causal, scale=self.scaling)
         mixed = weights @ self.value[:, seen]
-        shape = (-1, mask.queries, mask.repeats)
-        return mixed.view(*shape, mixed.shape[-1]), lse.view(shape)
+        return mixed.view(query.shape), lse.view(query.shape[:3])
 
     def backward(self, given: Tensor, out: Tensor, lse: Tensor) -> Back:
         """The gradient of every rectangle, from that of the merged output ``out``."""
         given = given.contiguous()
-        wide = given.float()
-        delta = (wide * out.float()).sum(-1)
+        delta = (given.float() * out.float()).sum(-1)
 
         def back(here: slice, seen: slice, sums: Gradients, *, causal: bool) -> None:
-            mask, scores = self._scores(here, seen, causal=causal)
-            rows, grad = self.query[:, here].flatten(1, 2), given[:, here].flatten(1, 2)
+            query, key, grad = self.query[:, here], self.key[:, seen], given[:, here]
             weights, gradient = score_gradient(
-                scores,
-                wide[:, here].flatten(1, 2) @ self.value[:, seen].float().mT,
-                mask=mask,
-                lse=lse[:, here].flatten(1).contiguous(),
-                delta=delta[:, here].flatten(1).contiguous(),
-                dtype=rows.dtype,
+                query,
+                key,
+                self.value[:, seen],
+                grad,
+                causal=causal,
+                scale=self.scaling,
+                lse=lse[:, here],
+                delta=delta[:, here],
             )
-            found = gradient @ self.key[:, seen]
-            sums.query[:, here] += found.unflatten(1, (mask.queries, mask.repeats))
-            sums.key[:, seen] += gradient.mT @ rows
-            sums.value[:, seen] += weights.mT @ grad
+            sums.query[:, here] += (gradient @ key).view(query.shape)
+            sums.key[:, seen] += gradient.mT @ query.flatten(1, 2)
+            sums.value[:, seen] += weights.mT @ grad.flatten(1, 2)
 
         return back
-
-    def _scores(self, here: slice, seen: slice, *, causal: bool) -> tuple[Mask, Tensor]:
-        """Raw scores [K, Q R, S] in float32, as every term counts in their exponential."""
-        rows = self.query[:, here]
-        mask = Mask(rows.shape[1], rows.shape[2], causal, self.scaling)
-        return mask, rows.flatten(1, 2).float() @ self.key[:, seen].float().mT
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,11 @@
 """Softmax of attention scores and its gradient, between the products of a training pass.
 
-Rows are ordered by key head, then query, then the ``repeats`` query heads that share a key head.
-With a causal mask the last query sees all keys, and each one before it one less.
+Queries are ordered by key head: ``[K, Q, R, D]`` with ``R`` query heads to each of ``K`` key heads.
+Weights are matrices ``[K, Q R, S]`` over S keys. With a causal mask the last query sees all keys,
+and each one before it one less. Scores are sums in float32, whatever the type of the tensors.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -15,66 +14,93 @@ from torch import Tensor
 from gruppo.native.compiled import TYPES, kernel, kernels
 
 
-@dataclass(frozen=True, slots=True)
-class Mask:
-    """Which of the keys each row sees; ``scale`` multiplies its scores."""
-
-    queries: int
-    repeats: int
-    causal: bool
-    scale: float
-
-
 def can_score(query: Tensor) -> bool:
     """Whether there are kernels for attention with such queries.
 
     Tensors of other classes than torch's own may have no memory to read (fake ones), or not all.
     """
     plain = type(query) is Tensor and query.device.type == "cpu"
-    return plain and query.dtype in TYPES and kernels() is not None
+    taken = query.dtype in TYPES and query.shape[-1] % 2 == 0
+    return plain and taken and kernels() is not None
 
 
 def softmax_scores(
-    scores: Float[Tensor, "K M S"], mask: Mask, dtype: torch.dtype
+    query: Float[Tensor, "K Q R D"], key: Float[Tensor, "K S D"], *, causal: bool, scale: float
 ) -> tuple[Float[Tensor, "K M S"], Float[Tensor, "K M"]]:
-    """Softmax over the keys in ``dtype``, and log-sum-exps, of ``scores`` in float32."""
-    weights = torch.empty_like(scores, dtype=dtype)
-    lse = scores.new_empty(scores.shape[:2])
-    _call("scores_forward", mask, (scores, lse), (weights,))
+    """Softmax over the keys of ``scale`` times the scores, in the queries' type; log-sum-exps."""
+    weights, lse = _weights(query, key), query.new_empty(_rows(query), dtype=torch.float32)
+    sizes = _sizes(query, key, causal=causal)
+    _call("scores_forward", sizes, scale, (query, key), (lse, weights))
     return weights, lse
 
 
 def score_gradient(
-    scores: Float[Tensor, "K M S"],
-    grad: Float[Tensor, "K M S"],
+    query: Float[Tensor, "K Q R D"],
+    key: Float[Tensor, "K S D"],
+    value: Float[Tensor, "K S D"],
+    grad: Float[Tensor, "K Q R D"],
     *,
-    mask: Mask,
-    lse: Float[Tensor, "K M"],
-    delta: Float[Tensor, "K M"],
-    dtype: torch.dtype,
+    causal: bool,
+    scale: float,
+    lse: Float[Tensor, "K Q R"],
+    delta: Float[Tensor, "K Q R"],
 ) -> tuple[Float[Tensor, "K M S"], Float[Tensor, "K M S"]]:
-    """Weights p and the gradient of raw scores, ``scale * p (grad - delta)``, both in ``dtype``.
+    """Weights p and the gradient of scores, ``scale * p (grad @ value.mT - delta)``.
 
     Args:
-        scores: in float32, without the scale.
-        grad: of the weights.
-        mask: as in the forward pass.
-        lse: over all keys of the row, those of other parts too.
-        delta: sum of the weights times their gradients, over all keys of the row.
-        dtype: of the results.
+        query: as in the forward pass, as are ``key`` and ``causal``.
+        key: their keys.
+        value: what the weights multiply.
+        grad: of the output.
+        causal: whether a query sees fewer keys than the next one.
+        scale: multiplies scores.
+        lse: over all keys of the row, those of other parts too; in float32.
+        delta: sum of the weights times their gradients, over all keys of the row; in float32.
     """
-    weights, gradient = (torch.empty_like(scores, dtype=dtype) for _ in range(2))
-    _call("scores_backward", mask, (scores, grad, lse, delta), (weights, gradient))
+    weights, gradient = (_weights(query, key) for _ in range(2))
+    assert _apart(grad) == _apart(query), "gradients lie as the queries do"
+    assert _apart(value) == _apart(key), "values lie as the keys do"
+    assert lse.dtype == delta.dtype == torch.float32, "sums are float32"
+    for sums in (lse, delta):
+        assert _apart(sums) * query.shape[-1] == _apart(query), "one for every row of the queries"
+    sizes, given = _sizes(query, key, causal=causal), (query, key, value, grad)
+    _call("scores_backward", sizes, scale, given, (lse, delta, weights, gradient))
     return weights, gradient
 
 
-def _call(name: str, mask: Mask, given: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> None:
-    heads, rows, columns = given[0].shape
-    assert rows == mask.queries * mask.repeats, "rows are queries times query heads"
-    assert not mask.causal or mask.queries <= columns, "every query sees a key"
-    assert all(tensor.is_contiguous() for tensor in (*given, *made)), "buffers are whole"
-    assert all(tensor.dtype == torch.float32 for tensor in given), "what is read is float32"
-    sizes = (heads * rows, columns, mask.queries, mask.repeats, int(mask.causal), mask.scale)
-    kinds = "iiiiif" + "p" * len(given + made)
-    pointers = (tensor.data_ptr() for tensor in (*given, *made))
-    kernel(f"{name}_{TYPES[made[0].dtype]}", kinds)(*sizes, *pointers)
+def _rows(query: Tensor) -> tuple[int, int]:
+    heads, queries, repeats, _ = query.shape
+    return heads, queries * repeats
+
+
+def _weights(query: Tensor, key: Tensor) -> Tensor:
+    return query.new_empty(*_rows(query), key.shape[1])
+
+
+def _sizes(query: Tensor, key: Tensor, *, causal: bool) -> tuple[int, ...]:
+    """Shapes, the mask, and from one head to the next: in rows of queries and in keys."""
+    heads, queries, repeats, width = query.shape
+    assert key.shape[::2] == (heads, width), "keys of the same heads"
+    assert not causal or queries <= key.shape[1], "every query sees a key"
+    apart = _apart(query) // width, _apart(key) // width
+    return heads, queries, repeats, key.shape[1], width, int(causal), *apart
+
+
+def _apart(tensor: Tensor) -> int:
+    """How far a head is from the next one; its own numbers lie one after another."""
+    assert tensor[0].is_contiguous(), "a head's numbers are whole"
+    return tensor.stride(0) if len(tensor) > 1 else 0
+
+
+def _call(
+    name: str,
+    sizes: tuple[int, ...],
+    scale: float,
+    given: tuple[Tensor, ...],
+    others: tuple[Tensor, ...],
+) -> None:
+    dtype = given[0].dtype
+    assert all(tensor.dtype == dtype for tensor in given), "one type of numbers"
+    pointers = [tensor.data_ptr() for tensor in (*given, *others)]
+    kinds = "i" * len(sizes) + "f" + "p" * len(pointers)
+    kernel(f"{name}_{TYPES[dtype]}", kinds)(*sizes, scale, *pointers)
