@@ -219,12 +219,12 @@ def _cache(recipe: Recipe, found: Footprint, prompt: int) -> int:
 
 
 def _head(found: Footprint, positions: int, *, cpu: bool) -> int:
-    """Logits that are kept, a chunk of others, and the head's gradient before it is added."""
-    kept = kept_positions(positions, _CHUNK, found.vocabulary)
+    """Logits that are kept, a chunk of others, and a product that is added to the gradient."""
+    kept = kept_positions(positions, _CHUNK, found.logits)
     # elsewhere than on a CPU the softmax is a tensor beside the logits
     made = (kept < positions) + (not cpu)
-    trained = found.trainable >= found.head
-    return (kept + made * _CHUNK) * found.vocabulary + (found.head if trained else 0)
+    product = found.head * found.logits // found.vocabulary
+    return (kept + made * _CHUNK) * found.logits + product * (found.trainable >= found.head)
 
 
 def _resident() -> int:

@@ -101,6 +101,7 @@ def test_heads(dtype, bound, repeats, width):
 def test_scores(dtype, bound, causal):
     """Queries 4 to 39 over keys 2 to 71: with a causal mask they see 35 to 70 of these."""
     torch.manual_seed(0)
+    mask = native.Mask(causal=causal, scale=0.3)
     query, grad = torch.randn(2, 2, 40, 3, 14, dtype=torch.float64)  # a buffer of two
     key, value = torch.randn(2, 2, 75, 14, dtype=torch.float64)
     query, grad, key, value = (tensor.to(dtype) for tensor in (query, grad, key, value))
@@ -112,7 +113,7 @@ def test_scores(dtype, bound, causal):
     weights = torch.softmax(scores, -1)
     out = weights @ values
     (wanted,) = torch.autograd.grad((out * there.flatten(1, 2)).sum(), [raw], retain_graph=True)
-    got, lse = native.softmax_scores(query[:, 4:], key[:, 2:72], causal=causal, scale=0.3)
+    got, lse = native.softmax_scores(query[:, 4:], key[:, 2:72], mask)
     assert close(got, weights.detach(), bound)
     assert close(lse, scores.detach().logsumexp(-1), 1e-6)
     whole, delta = torch.zeros(2, 2, 40, 3)
@@ -123,8 +124,7 @@ def test_scores(dtype, bound, causal):
         key[:, 2:72],
         value[:, 2:72],
         grad[:, 4:],
-        causal=causal,
-        scale=0.3,
+        mask=mask,
         lse=whole[:, 4:],
         delta=delta[:, 4:],
     )

@@ -107,9 +107,9 @@ def kept_bytes(decoder: Decoder, packing: Packing, *, dtype: torch.dtype, head_w
         inner = layer.down[0].in_features
         packed = sum(module.out_features for module in layer.query_key_value)
         mixed = layer.out[0].in_features
-        # float32: two residual streams, a factor of each norm, a log-sum-exp a head
-        wide = 2 * width + 2 + mixed // head_width
-        total += rows * (dtype.itemsize * (packed + mixed + 2 * inner) + 4 * wide)
+        # float32: the residual stream, a norm's factor, a log-sum-exp a head
+        wide = width + 1 + mixed // head_width
+        total += rows * (dtype.itemsize * (packed + mixed + width + 2 * inner) + 4 * wide)
         for group in (layer.query_key_value, layer.out, layer.gate_up, layer.down):
             if len(group) > 1 or group[0].weight.dtype != dtype:
                 total += dtype.itemsize * sum(module.weight.numel() for module in group)
@@ -220,13 +220,13 @@ class _Layer(torch.autograd.Function):
         mixed = normed.new_empty(len(hidden), matrices[1].shape[1])
         lse = attend(heads.way(plan), row.parts, heads.view(mixed))
         update = linear(mixed, matrices[1], biases[1])
-        between, normed, other = native.norm_forward(
+        between, normed, _ = native.norm_forward(
             hidden, update, weight=second, epsilon=plan.epsilons[1], dtype=dtype
         )
         gates = linear(normed, matrices[2], biases[2])
         # matrices too, so that autograd sees changes in place and frees copies layer by layer
         ctx.save_for_backward(
-            *(hidden, scale, heads.query, heads.key, heads.value, mixed, lse, between, other),
+            *(hidden, scale, heads.query, heads.key, heads.value, mixed, lse, update),
             *(gates, first, second, *matrices),
         )
         ctx.row, ctx.plan, ctx.products, ctx.parameters = row, plan, current_products(), parameters
@@ -235,7 +235,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
-        hidden, scale, query, key, value, mixed, lse, between, other, *rest = ctx.saved_tensors
+        hidden, scale, query, key, value, mixed, lse, update, *rest = ctx.saved_tensors
         gates, first, second, *matrices = rest
         row, plan = ctx.row, ctx.plan
         query_key_value, out, gate_up, down = plan.joints
@@ -246,6 +246,10 @@ class _Layer(torch.autograd.Function):
             grad = carry.to(row.dtype)
             to_gates, opened = native.swiglu_backward(gates, grad @ matrices[3])
             found.add(down, grad, opened)
+            # made again: it is as large as all heads together
+            between, _, other = native.norm_forward(
+                hidden, update, weight=second, epsilon=plan.epsilons[1], dtype=row.dtype
+            )
             carry, grad, normed, of_norm = native.norm_backward(
                 between, second, scale=other, grad=to_gates @ matrices[2], carry=carry
             )

@@ -19,11 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from gruppo.model.adapter import Lora, attach
 from gruppo.model.attention import NAME
 from gruppo.model.decoder_pass import find_pass, kept_bytes
+from gruppo.model.head import logit_rule
 from gruppo.model.logprob import packed_states
 from gruppo.model.packing import Packing, pack
 from gruppo.model.parts import causal, embedding, text_config
 from gruppo.model.source import checkpoint_activations, locate, quiet
 from gruppo.model.thrift import remade
+from gruppo.native import kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,7 @@ class Footprint:
     ``weights`` counts tied ones once, ``trainable`` those that get a gradient, ``largest`` the
     largest trainable matrix. ``linears`` are the matrices of linear layers (the head too, tied or
     not). ``saved`` is what autograd keeps of a forward, ``vocabulary`` the size of one position's
-    logits in float32.
+    logits in float32, ``logits`` of those that are kept for the backward pass.
     """
 
     weights: int
@@ -43,6 +45,7 @@ class Footprint:
     saved: int
     head: int
     vocabulary: int
+    logits: int
     num_layers: int
     cache_per_token: int
 
@@ -98,7 +101,7 @@ def footprint(
         known = {id(p): p for p in model.parameters()}
         width = _head_width(text_config(model))
         kept = kept_bytes(decoder, packing, dtype=compute, head_width=width)
-        return _count(model, known, kept, compute)
+        return _count(model, known, kept, compute, thrift=thrift)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _pretend(model)
         weights = {_key(p): p for p in model.parameters()}
@@ -114,7 +117,7 @@ def footprint(
         ):
             states = packed_states(model, packing)
         del states
-    return _count(model, weights, sum(saved.values()), compute)
+    return _count(model, weights, sum(saved.values()), compute, thrift=thrift)
 
 
 def _skeleton(
@@ -143,7 +146,12 @@ def _pretend(model: nn.Module) -> None:
 
 
 def _count(
-    model: nn.Module, weights: dict[int, nn.Parameter], saved: int, compute: torch.dtype
+    model: nn.Module,
+    weights: dict[int, nn.Parameter],
+    saved: int,
+    compute: torch.dtype,
+    *,
+    thrift: bool,
 ) -> Footprint:
     config = text_config(model)
     trainable = [p for p in weights.values() if p.requires_grad]
@@ -152,15 +160,18 @@ def _count(
     heads = heads or config.num_attention_heads
     width = _head_width(config)
     item = 2 if compute == torch.bfloat16 else 4
-    rows = len(embedding(model))
+    rows, output = len(embedding(model)), causal(model).get_output_embeddings()
+    rule = logit_rule(model, 1.0)
+    narrow = thrift and output.bias is None and rule.softcap is None and kernels() is not None
     return Footprint(
         weights=sum(p.nbytes for p in weights.values()),
         trainable=sum(p.nbytes for p in trainable),
         largest=max(p.nbytes for p in trainable),
         linears=sum(w.numel() * item for w in linears.values()),
         saved=saved,
-        head=causal(model).get_output_embeddings().weight.nbytes,
+        head=output.weight.nbytes,
         vocabulary=rows * 4,
+        logits=rows * (item if narrow else 4),
         num_layers=config.num_hidden_layers,
         cache_per_token=2 * config.num_hidden_layers * heads * width * item,
     )

@@ -80,7 +80,6 @@ class FusedHead(torch.autograd.Function):
         wide = wide_type(hidden.dtype)
         logp, lse, spread = (hidden.new_zeros(len(hidden), dtype=wide) for _ in range(3))
         needed = options.keep and any(ctx.needs_input_grad)
-        keep = kept_positions(len(hidden), options.chunk, len(weight) * wide.itemsize)
         kept: dict[int, Tensor] = {}
         with torch.autocast(kind, enabled=False):
             matrix = options.matrix(weight, product)
@@ -88,7 +87,8 @@ class FusedHead(torch.autograd.Function):
             for part in _slices(len(hidden), options.chunk):
                 z = head.logits(part)
                 logp[part], lse[part], spread[part] = head.pick(z, tokens[part], options.entropy)
-                if needed and part.stop <= keep:
+                row_bytes = len(weight) * z.element_size()
+                if needed and part.stop <= kept_positions(len(hidden), options.chunk, row_bytes):
                     kept[part.start] = z
                 del z  # before the next chunk's are made
         ctx.save_for_backward(hidden, weight, bias, tokens, lse, spread)

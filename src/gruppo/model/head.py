@@ -54,7 +54,7 @@ def token_logp(
     hidden states). Entropies are zeros unless ``entropy``; where no gradient comes back to them,
     as when they only are logged, the backward pass computes none. A plain linear head takes a fused
     forward and backward; any other module (a head with an adapter, say) is called chunk by chunk
-    and recomputed in the backward pass. ``casts`` keeps a plain head's weight in the products' type.
+    and recomputed in the backward pass. ``casts`` keeps a plain head's weight as products take it.
     """
     assert chunk > 0, f"chunk = {chunk}"
     if type(head) is nn.Linear:

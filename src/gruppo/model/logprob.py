@@ -8,7 +8,7 @@ the reference and the current policy. It draws nothing and knows no loss.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +59,7 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
     ``log softmax(z / temperature)`` with z the model's logits, widened to float32 before the
     division. Plain rows are padded on the right, where a causal model cannot see the padding: no
     attention mask is needed. Packed, neighbouring rows with one prompt share it (``packing.py``).
-    The head is applied to completion positions only, ``chunk`` of them at a time. Run it under
-    ``torch.autocast`` for bfloat16 products.
+    The head is applied to completion positions only. Under ``torch.autocast`` products are bfloat16.
 
     Args:
         model: A Hugging Face causal language model, with or without a PEFT adapter.
@@ -72,7 +71,7 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
         packed: Compute each prompt once for its neighbouring rows; if :func:`can_pack`.
         fused: Packed rows in few calls a layer (``decoder_pass.py``); if :func:`can_fuse`.
         chunk: Positions projected to the vocabulary at once.
-        casts: Keeps copies of the weights in the products' type for the next pass.
+        casts: Keeps copies of the weights, as products take them, for the next pass.
 
     Returns:
         float32 tensors [B, T] (float64 for a float64 model) on the model's device.
@@ -81,15 +80,13 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
         ValueError: a row has a completion but an empty prompt (nothing predicts its first token),
             or ``temperature`` is not positive.
     """
-    device = device_of(model)
-    counts = _checked(prompts, tokens, length)
+    device, counts = device_of(model), _checked(prompts, tokens, length)
     valid = (torch.arange(tokens.shape[1]) < torch.tensor(counts)[:, None]).to(device)
     decoder = find_pass(model) if packed and fused else None
     if decoder is not None:
         states = decoder_states(decoder, pack(prompts, tokens, counts), casts)
     else:
-        with thrifty() if device.type == "cpu" else nullcontext():
-            states = (_packed_states if packed else _plain_states)(model, prompts, tokens, counts)
+        states = (_packed_states if packed else _plain_states)(model, prompts, tokens, counts)
     logp, spread = token_logp(
         head(model),
         states,
@@ -137,7 +134,8 @@ def _plain_states(
     first = torch.tensor([row * longest + len(p) - 1 for row, p in enumerate(prompts)])
     steps = torch.arange(tokens.shape[1])
     source = (first[:, None] + steps)[steps < torch.tensor(counts)[:, None]]
-    output = body(model)(input_ids=ids.to(device), use_cache=False)
+    with _thrifty(device):
+        output = body(model)(input_ids=ids.to(device), use_cache=False)
     return output.last_hidden_state.flatten(0, 1)[source.to(device)]
 
 
@@ -145,7 +143,13 @@ def _packed_states(
     model: nn.Module, prompts: Sequence[Sequence[int]], tokens: Tensor, counts: list[int]
 ) -> Float[Tensor, "N D"]:
     """The same hidden states from one packed row, each prompt computed once."""
-    return packed_states(model, pack(prompts, tokens, counts, device=device_of(model)))
+    device = device_of(model)
+    with _thrifty(device):
+        return packed_states(model, pack(prompts, tokens, counts, device=device))
+
+
+def _thrifty(device: torch.device) -> AbstractContextManager[None]:
+    return thrifty() if device.type == "cpu" else nullcontext()
 
 
 def packed_states(model: nn.Module, packing: Packing) -> Float[Tensor, "N D"]:
@@ -168,26 +172,26 @@ def can_pack(model: nn.Module) -> bool:
     attention) do not, nor do models that were left on another attention implementation.
     """
     return causal(model).config._attn_implementation == NAME and _agree(
-        model, {"packed": False}, {"packed": True}, tolerance=_PACKED_TOLERANCE
+        model, (False, False), (True, False), tolerance=_PACKED_TOLERANCE
     )
 
 
 def can_fuse(model: nn.Module) -> bool:
     """Whether a fused pass gives this model's log-probabilities; for one that packs."""
     return find_pass(model) is not None and _agree(
-        model, {"packed": True}, {"packed": True, "fused": True}, tolerance=_FUSED_TOLERANCE
+        model, (True, False), (True, True), tolerance=_FUSED_TOLERANCE
     )
 
 
 @torch.no_grad()
 def _agree(
     model: nn.Module,
-    one: Mapping[str, bool],
-    other: Mapping[str, bool],
+    one: tuple[bool, bool],
+    other: tuple[bool, bool],
     *,
     tolerance: Mapping[torch.dtype, float],
 ) -> bool:
-    """Whether two ways to score a small batch give the same but for rounding."""
+    """Whether two ways (packed, fused) to score a small batch give the same but for rounding."""
     prompts = [(5, 6, 7), (5, 6, 7), (8, 9), (8, 9), (8, 9)]
     tokens = (torch.arange(5 * 6).view(5, 6) * 7 + 3) % len(embedding(model))
     length = torch.tensor([6, 3, 1, 4, 5])
@@ -195,8 +199,8 @@ def _agree(
     mixed = len({weight.dtype for weight in model.parameters()}) > 1
     with torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=mixed):
         mine, theirs = (
-            completion_logp(model, prompts, tokens, length, **options).logp
-            for options in (one, other)
+            completion_logp(model, prompts, tokens, length, packed=packed, fused=fused).logp
+            for packed, fused in (one, other)
         )
     bound = tolerance[torch.bfloat16 if mixed else causal(model).dtype]
     return bool((mine - theirs).abs().max() <= bound)

@@ -2,9 +2,9 @@
 
 ``ByProducts`` makes scores and their gradient in float32 and multiplies weights and values in the
 tensors' own type, as torch's flash kernel (``ByFlash``) does; its products of matrices are larger,
-which on a CPU makes them several times faster for rectangles of a few hundred tokens. Tensors are ordered
-by key head: ``[K, N, R, D]`` with ``R`` query heads to each of ``K`` key heads. Which rectangles
-there are, and how they are merged, is the business of ``segments.py``.
+which on a CPU makes them several times faster for rectangles of a few hundred tokens. Tensors are
+ordered by key head: ``[K, N, R, D]`` with ``R`` query heads to each of ``K`` key heads. Which
+rectangles there are, and how they are merged, is the business of ``segments.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gruppo.native import can_score, score_gradient, softmax_scores
+from gruppo.native import Mask, can_score, score_gradient, softmax_scores
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -72,7 +72,7 @@ class ByProducts:
     def attend(self, here: slice, seen: slice, *, causal: bool) -> tuple[Tensor, Tensor]:
         """Attention [K, Q, R, D] of queries ``here`` over keys ``seen``; log-sum-exps [K, Q, R]."""
         query, key = self.query[:, here], self.key[:, seen]
-        weights, lse = softmax_scores(query, key, causal=causal, scale=self.scaling)
+        weights, lse = softmax_scores(query, key, Mask(causal, self.scaling))
         mixed = weights @ self.value[:, seen]
         return mixed.view(query.shape), lse.view(query.shape[:3])
 
@@ -88,8 +88,7 @@ class ByProducts:
                 key,
                 self.value[:, seen],
                 grad,
-                causal=causal,
-                scale=self.scaling,
+                mask=Mask(causal, self.scaling),
                 lse=lse[:, here],
                 delta=delta[:, here],
             )

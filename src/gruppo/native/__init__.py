@@ -7,7 +7,7 @@ from gruppo.native.attention import can_attend, decode_attention
 from gruppo.native.compiled import kernels
 from gruppo.native.layer import add_norm, rotate_and_keep, swiglu
 from gruppo.native.sampling import can_sample, sample
-from gruppo.native.scores import can_score, score_gradient, softmax_scores
+from gruppo.native.scores import Mask, can_score, score_gradient, softmax_scores
 from gruppo.native.softmax import can_softmax, pick, pick_gradient_
 from gruppo.native.training import (
     add_,
@@ -20,6 +20,7 @@ from gruppo.native.training import (
 )
 
 __all__ = [
+    "Mask",
     "add_",
     "add_norm",
     "can_add",

@@ -7,11 +7,21 @@ and each one before it one less. Scores are sums in float32, whatever the type o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gruppo.native.compiled import TYPES, kernel, kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Which keys a query sees: all or, ``causal``, up to its own; ``scale`` multiplies scores."""
+
+    causal: bool
+    scale: float
 
 
 def can_score(query: Tensor) -> bool:
@@ -25,12 +35,12 @@ def can_score(query: Tensor) -> bool:
 
 
 def softmax_scores(
-    query: Float[Tensor, "K Q R D"], key: Float[Tensor, "K S D"], *, causal: bool, scale: float
+    query: Float[Tensor, "K Q R D"], key: Float[Tensor, "K S D"], mask: Mask
 ) -> tuple[Float[Tensor, "K M S"], Float[Tensor, "K M"]]:
-    """Softmax over the keys of ``scale`` times the scores, in the queries' type; log-sum-exps."""
+    """Softmax over the keys, in the queries' type, and log-sum-exps in float32."""
     weights, lse = _weights(query, key), query.new_empty(_rows(query), dtype=torch.float32)
-    sizes = _sizes(query, key, causal=causal)
-    _call("scores_forward", sizes, scale, (query, key), (lse, weights))
+    sizes = _sizes(query, key, mask)
+    _call("scores_forward", sizes, mask.scale, (query, key), (lse, weights))
     return weights, lse
 
 
@@ -40,20 +50,18 @@ def score_gradient(
     value: Float[Tensor, "K S D"],
     grad: Float[Tensor, "K Q R D"],
     *,
-    causal: bool,
-    scale: float,
+    mask: Mask,
     lse: Float[Tensor, "K Q R"],
     delta: Float[Tensor, "K Q R"],
 ) -> tuple[Float[Tensor, "K M S"], Float[Tensor, "K M S"]]:
     """Weights p and the gradient of scores, ``scale * p (grad @ value.mT - delta)``.
 
     Args:
-        query: as in the forward pass, as are ``key`` and ``causal``.
+        query: as in the forward pass.
         key: their keys.
         value: what the weights multiply.
         grad: of the output.
-        causal: whether a query sees fewer keys than the next one.
-        scale: multiplies scores.
+        mask: as in the forward pass.
         lse: over all keys of the row, those of other parts too; in float32.
         delta: sum of the weights times their gradients, over all keys of the row; in float32.
     """
@@ -63,8 +71,8 @@ def score_gradient(
     assert lse.dtype == delta.dtype == torch.float32, "sums are float32"
     for sums in (lse, delta):
         assert _apart(sums) * query.shape[-1] == _apart(query), "one for every row of the queries"
-    sizes, given = _sizes(query, key, causal=causal), (query, key, value, grad)
-    _call("scores_backward", sizes, scale, given, (lse, delta, weights, gradient))
+    sizes, given = _sizes(query, key, mask), (query, key, value, grad)
+    _call("scores_backward", sizes, mask.scale, given, (lse, delta, weights, gradient))
     return weights, gradient
 
 
@@ -77,13 +85,13 @@ def _weights(query: Tensor, key: Tensor) -> Tensor:
     return query.new_empty(*_rows(query), key.shape[1])
 
 
-def _sizes(query: Tensor, key: Tensor, *, causal: bool) -> tuple[int, ...]:
+def _sizes(query: Tensor, key: Tensor, mask: Mask) -> tuple[int, ...]:
     """Shapes, the mask, and from one head to the next: in rows of queries and in keys."""
     heads, queries, repeats, width = query.shape
     assert key.shape[::2] == (heads, width), "keys of the same heads"
-    assert not causal or queries <= key.shape[1], "every query sees a key"
+    assert not mask.causal or queries <= key.shape[1], "every query sees a key"
     apart = _apart(query) // width, _apart(key) // width
-    return heads, queries, repeats, key.shape[1], width, int(causal), *apart
+    return heads, queries, repeats, key.shape[1], width, int(mask.causal), *apart
 
 
 def _apart(tensor: Tensor) -> int:
