@@ -15,6 +15,7 @@ from gruppo.model.classifier import classifier_bytes
 from gruppo.model.footprint import Footprint, Shape, footprint
 from gruppo.model.fused import kept_positions
 from gruppo.native import kernels
+from gruppo.policy.optim import SLICE
 from gruppo.recipe import Recipe
 from gruppo.recipe.build import pin
 from gruppo.recipe.problems import USUAL_PROMPT
@@ -155,7 +156,7 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
         packed=packed,
         kept=_kept(model.device, cache + packed),
         drawing=_rows(recipe) * found.vocabulary * _copies(model.device),
-        optimizer=4 * found.largest,
+        optimizer=4 * min(found.largest, 4 * SLICE),
         judges=judges,
         judging=judging,
     )

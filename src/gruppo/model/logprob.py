@@ -59,7 +59,7 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
     ``log softmax(z / temperature)`` with z the model's logits, widened to float32 before the
     division. Plain rows are padded on the right, where a causal model cannot see the padding: no
     attention mask is needed. Packed, neighbouring rows with one prompt share it (``packing.py``).
-    The head is applied to completion positions only. Under ``torch.autocast`` products are bfloat16.
+    The head meets completion positions only. Under ``torch.autocast`` products are in its type.
 
     Args:
         model: A Hugging Face causal language model, with or without a PEFT adapter.

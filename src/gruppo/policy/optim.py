@@ -7,14 +7,16 @@ to do with a gradient that is not finite, is the policy's business.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+SLICE: Final = 2**20
+"""Numbers of a weight that are looked at together: 4 MiB, what a processor's cache holds."""
 Schedule = Literal["constant", "linear", "cosine"]
 
 # Share of the way from the floor to the base rate, by progress in [0, 1] after the warm-up.
@@ -128,7 +130,7 @@ def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) 
 def update_ratio(adamw: torch.optim.AdamW) -> float:
     """Size of AdamW's last update relative to the weights, ``|delta| / |weights|`` (L2).
 
-    Computed from the moments, so that no copy of the model is needed; parameters without a
+    Computed from the moments, a slice at a time, so that no copy is needed; parameters without a
     gradient so far count as unmoved.
     """
     moved, size = 0.0, 0.0
@@ -136,19 +138,28 @@ def update_ratio(adamw: torch.optim.AdamW) -> float:
         for p in group["params"]:
             state = adamw.state.get(p)
             if state and p.grad is not None:
-                moved += float(_delta(p, state, group).square_().sum(dtype=torch.float64))
+                moved += sum(_squares(*part, group) for part in _slices(p, state))
             size += float(torch.linalg.vector_norm(p)) ** 2
     return math.sqrt(moved / size) if size else 0.0
 
 
-def _delta(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Tensor:
-    """AdamW's last change of ``p`` up to sign: lr (m^ / (sqrt(v^) + eps) + decay * p before)."""
+def _slices(p: Tensor, state: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """A weight, its moments and step, some numbers at a time: what is made of them stays small."""
+    flat = (p, state["exp_avg"], state["exp_avg_sq"])
+    for part in zip(*(tensor.reshape(-1).split(SLICE) for tensor in flat), strict=True):
+        yield *part, state["step"]
+
+
+def _squares(
+    p: Tensor, mean: Tensor, square: Tensor, step: Tensor, group: Mapping[str, Any]
+) -> float:
+    """Sum of squares of AdamW's last change lr (m^ / (sqrt(v^) + eps) + decay * p before)."""
     lr, decay, eps = group["lr"], group["weight_decay"], group["eps"]
     beta1, beta2 = group["betas"]
-    step = float(state["step"])
-    spread = state["exp_avg_sq"].div(1 - beta2**step).sqrt_().add_(eps)
-    moved = state["exp_avg"].div(1 - beta1**step).div_(spread).mul_(lr)
+    count = float(step)
+    spread = square.div(1 - beta2**count).sqrt_().add_(eps)
+    moved = mean.div(1 - beta1**count).div_(spread).mul_(lr)
     if decay:
         before = (p + moved) / (1 - lr * decay)
         moved.add_(before, alpha=lr * decay)
-    return moved
+    return float(moved.square_().sum(dtype=torch.float64))
