@@ -138,25 +138,25 @@ def update_ratio(adamw: torch.optim.AdamW) -> float:
         for p in group["params"]:
             state = adamw.state.get(p)
             if state and p.grad is not None:
-                moved += sum(_squares(*part, group) for part in _slices(p, state))
+                moved += sum(_squares(*part, group, state) for part in _slices(p, state))
             size += float(torch.linalg.vector_norm(p)) ** 2
     return math.sqrt(moved / size) if size else 0.0
 
 
-def _slices(p: Tensor, state: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """A weight, its moments and step, some numbers at a time: what is made of them stays small."""
+def _slices(p: Tensor, state: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """A weight and its moments, some numbers at a time: what is made of them stays small."""
     flat = (p, state["exp_avg"], state["exp_avg_sq"])
-    for part in zip(*(tensor.reshape(-1).split(SLICE) for tensor in flat), strict=True):
-        yield *part, state["step"]
+    parts = (tensor.reshape(-1).split(SLICE) for tensor in flat)
+    yield from zip(*parts, strict=True)  # pyrefly: ignore[invalid-yield]
 
 
 def _squares(
-    p: Tensor, mean: Tensor, square: Tensor, step: Tensor, group: Mapping[str, Any]
+    p: Tensor, mean: Tensor, square: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> float:
     """Sum of squares of AdamW's last change lr (m^ / (sqrt(v^) + eps) + decay * p before)."""
     lr, decay, eps = group["lr"], group["weight_decay"], group["eps"]
     beta1, beta2 = group["betas"]
-    count = float(step)
+    count = float(state["step"])
     spread = square.div(1 - beta2**count).sqrt_().add_(eps)
     moved = mean.div(1 - beta1**count).div_(spread).mul_(lr)
     if decay:
