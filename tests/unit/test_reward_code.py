@@ -2,21 +2,17 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-from gruppo.cli import main
 from gruppo.data import tasks
 from gruppo.recipe import load
 from gruppo.recipe.build import open_rewards
-from gruppo.recipe.session import start
 from gruppo.reward import Code, Part, RewardSet
 from gruppo.reward.code import last_block
 from gruppo.reward.code_run import Trial, WrongTests, run
 from gruppo.reward.code_tests import read_suite
 from gruppo.sandbox import Box, NoSandbox, Sandbox, SandboxFailure
-from gruppo.train import train
 from gruppo.types import Completion, Problem, Score
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
@@ -348,47 +344,3 @@ def test_code_tasks_answers_pass_their_own_tests(reward: Code) -> None:
         for n, item in enumerate(items)
     ]
     assert reward.score_batch(groups) == [[1.0]] * 12
-
-
-def few(tiny_folder: Path, kind: str) -> list[str]:
-    return [
-        f"model.name={tiny_folder}",
-        "data.train.0.size=100",
-        "data.train.1.size=100",
-        "data.train.0.prompting={}",
-        "data.train.1.prompting={}",
-        "data.held_out=4",
-        "rollout.prompts_per_step=2",
-        "rollout.group_size=2",
-        "rollout.max_tokens=8",
-        "train.steps=1",
-        f"reward.parts.0.sandbox={{kind = '{kind}'}}",
-    ]
-
-
-@pytest.mark.slow
-def test_a_run_without_a_box_says_so_at_its_start_at_its_end_and_in_its_folder(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = [*few(tiny_folder, "unsafe-none"), f"record.folder={tmp_path}", "record.name=run"]
-    words = [word for setting in settings for word in ("--set", setting)]
-    assert main(["train", "code_tasks", *words]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    started, _, ended = shown.partition("step 1/1")
-    warning = "tests: programs run with NO SANDBOX, with all rights of this process"
-    assert f"reward {warning}" in started
-    assert warning in ended
-    meta = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert meta["meta"]["sandbox"] == {"tests": warning.removeprefix("tests: ")}
-
-
-@pytest.mark.slow
-def test_the_recipe_trains_a_step(tiny_folder: Path, tmp_path: Path) -> None:
-    settings = few(tiny_folder, "lite")
-    told: list[str] = []
-    with start(load("code_tasks", settings), tmp_path / "run", told.append) as session:
-        outcome = train(session.run, session.state)
-    assert outcome.state.step == 1
-    assert any("programs run in the lite box" in line for line in told)
-    meta = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert "programs run in the lite box" in json.dumps(meta)
