@@ -65,10 +65,26 @@ def graded(reward: Code, tests: object, *sources: str) -> list:
         ("```a``` is code", None),
         ("```python\n```", ""),
         ("```\na\n```\n```\nb", "a\n"),
+        ("```python\na\n```\n```python3\nb\n```", "b\n"),
+        ("```python\na\n```\n```text\n9\n```", "a\n"),  # what it prints
+        ("```python\na\n```\n```\n9\n```", "a\n"),
+        ("```json\n{}\n```\n```bash\nls\n```", None),
+        ("```\na\n```\n```bash\npython a.py\n```", "a\n"),
+        ("```Python title='x'\na\n```\n```pythonic\nb\n```", "a\n"),
     ],
 )
-def test_the_last_closed_block_is_the_program(text: str, found: str | None) -> None:
-    assert last_block(text) == found
+def test_the_last_closed_block_of_the_language_is_the_program(text: str, found: str | None) -> None:
+    assert last_block(text, {"python", "python3", "py"}) == found
+
+
+def test_what_a_program_prints_is_not_taken_for_it(reward: Code) -> None:
+    """Nor a test, a command or data behind it."""
+    problem = Problem(id="p", prompt=(), info={"tests": ADD})
+    right = block("def add(a, b): return a + b")
+    shown = ["```text\n3\n```", "```\n3\n```", '```json\n{"a": 1}\n```', "```bash\npython x\n```"]
+    assert reward(problem, [row(f"{right}{text}") for text in shown]) == [1.0] * 4
+    [alone] = reward(problem, [row(shown[3])])
+    assert alone.error.kind == "no_program"
 
 
 def test_a_program_in_the_thinking_does_not_count(reward: Code) -> None:
