@@ -96,6 +96,19 @@ def test_only_a_full_score_counts_unless_partial_ones_are_asked_for(gym: Reasoni
     assert graded(lenient, "sums", "3", "4") == [1.0, 0.0]  # .01 is what nonsense gets too
 
 
+def test_an_answer_may_be_twice_as_long_as_the_entry_s_own(gym: ReasoningGym) -> None:
+    """Moves of a puzzle: the library's own answer to a tower of Hanoi has 4063 characters."""
+    moves = "move " * 799 + "move"
+    part = RewardSet((Part(name="gym", reward=gym),))
+    texts = [moves, "x" * 7998, "x" * 7999]
+    scores = part.score(problem("shares", moves), [row(text) for text in texts])
+    assert [s.total for s in scores] == [1.0, 0.0, 0.0]
+    assert [s.error.kind if s.error else None for s in scores] == [None, None, "oversize"]
+    tagged = ReasoningGym()
+    found = graded(tagged, "shares", f"<answer>{'x' * 2001}</answer>")
+    assert found == ["completion/oversize"]  # this entry's own answer is short
+
+
 def test_a_task_that_pays_for_anything_pays_for_nothing(gym: ReasoningGym) -> None:
     assert graded(gym, "pays_for_anything", "3", "whatever") == [0.0, 0.0]
 
