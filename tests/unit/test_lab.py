@@ -1,6 +1,7 @@
 """The reward lab against rewards that were written before it: what it finds, where it is silent."""
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from gruppo.lab import Layout, correlate, examine, judge, judge_lengths, made_le
 from gruppo.lab.adapted import with_deadline
 from gruppo.lab.answers import among, others, same, wrong_answers
 from gruppo.reward import (
+    Code,
     EnvironmentReward,
     Function,
     Gate,
@@ -180,7 +182,7 @@ def test_what_a_box_bounds_is_not_called_slow():
 def test_only_the_parts_that_run_programs_are_timed_as_boxed(monkeypatch):
     """Ten boxes a completion for a second each are ten seconds, of whatever else there is."""
     clock = [0.0]
-    monkeypatch.setattr("gruppo.lab.examine.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def takes(seconds):
         def score_batch(self, groups):
@@ -190,7 +192,8 @@ def test_only_the_parts_that_run_programs_are_timed_as_boxed(monkeypatch):
         return score_batch
 
     monkeypatch.setattr(Code, "score_batch", takes(10.0))
-    parts = (Part(name="code", reward=Code()), Part(name="right", reward=ExactMatch()))
+    right = InProcess(case_of("exact_tag").function)
+    parts = (Part(name="code", reward=Code()), Part(name="right", reward=right))
     seen = examine(RewardSet(parts), PROBLEMS["sums"][:1], template=R1)
     assert (seen.slowest[1], seen.boxed_s) == (10.0, 10.0)
     assert [f.severity for f in judge(seen) if f.rule == "slow"] == ["note"]
