@@ -35,7 +35,7 @@ def test_signals_at_twenty_moments(tiny_folder: Path, tmp_path: Path) -> None:
         assert line["left"] == [], line
         assert line["strange"] == [], line
         assert "Traceback" not in line["log"], line
-        assert line["seconds"] < 10, line
+        assert line["seconds"] < 10, line  # without those in which this machine let no one run
     for line in stopped:
         assert line["code"] == {2: 130, 15: 143}[line["signal"]], line
         assert line["saved"] == line["last"], line  # the last finished step

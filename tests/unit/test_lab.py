@@ -1,6 +1,7 @@
 """The reward lab against rewards that were written before it: what it finds, where it is silent."""
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from gruppo.lab import Layout, correlate, examine, judge, judge_lengths, made_le
 from gruppo.lab.adapted import with_deadline
 from gruppo.lab.answers import among, others, same, wrong_answers
 from gruppo.reward import (
+    Code,
     EnvironmentReward,
     Function,
     Gate,
@@ -163,7 +165,7 @@ def test_other_parts_must_not_outweigh_the_task():
 
 
 def test_what_a_box_bounds_is_not_called_slow():
-    """The limit is the recipe's own: a note within it, a warning beyond."""
+    """Programs have the recipe's own limits: a note, where the other parts take no second."""
     seen = examine(reward_of(case_of("exact_tag")), PROBLEMS["sums"], template=R1)
     assert seen.boxed_s == 0
     found = [
@@ -172,9 +174,29 @@ def test_what_a_box_bounds_is_not_called_slow():
             for f in judge(replace(seen, slowest=("x", took), boxed_s=boxed))
             if f.rule == "slow"
         ]
-        for took, boxed in ((0.9, 0.0), (2.1, 0.0), (2.1, 20.0), (20.1, 20.0))
+        for took, boxed in ((0.9, 0.0), (2.1, 0.0), (2.1, 2.0), (90.1, 90.0), (15.1, 0.1))
     ]
-    assert found == [[], ["warning"], ["note"], ["warning"]]
+    assert found == [[], ["warning"], ["note"], ["note"], ["warning"]]
+
+
+def test_only_the_parts_that_run_programs_are_timed_as_boxed(monkeypatch):
+    """Ten boxes a completion for a second each are ten seconds, of whatever else there is."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def takes(seconds):
+        def score_batch(self, groups):
+            clock[0] += seconds * sum(len(rows) for _, rows in groups)
+            return [[0.0] * len(rows) for _, rows in groups]
+
+        return score_batch
+
+    monkeypatch.setattr(Code, "score_batch", takes(10.0))
+    right = InProcess(case_of("exact_tag").function)
+    parts = (Part(name="code", reward=Code()), Part(name="right", reward=right))
+    seen = examine(RewardSet(parts), PROBLEMS["sums"][:1], template=R1)
+    assert (seen.slowest[1], seen.boxed_s) == (10.0, 10.0)
+    assert [f.severity for f in judge(seen) if f.rule == "slow"] == ["note"]
 
 
 def test_an_unknown_layout_is_the_usual_one_that_scores_most():

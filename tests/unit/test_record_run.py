@@ -32,6 +32,15 @@ def test_create_writes_recipe_and_run_json(tmp_path: Path) -> None:
     assert info["format"] == 1
 
 
+def test_what_is_remembered_later_stands_beside_what_was(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path / "a", RECIPE, meta={"command": ["x"]}) as run:
+        run.remember("later", [{"at": f"{Path.home()}/b"}])
+        run.remember("later", [*run.info["meta"]["later"], 2])
+    info = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert info["meta"] == {"command": ["x"], "later": [{"at": "~/b"}, 2]}
+    assert info == run.info
+
+
 def test_open_finds_the_same_run(tmp_path: Path) -> None:
     with RunDirectory.create(tmp_path / "a", RECIPE) as run:
         pass

@@ -2,21 +2,17 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-from gruppo.cli import main
 from gruppo.data import tasks
 from gruppo.recipe import load
 from gruppo.recipe.build import open_rewards
-from gruppo.recipe.session import start
 from gruppo.reward import Code, Part, RewardSet
 from gruppo.reward.code import last_block
 from gruppo.reward.code_run import Trial, WrongTests, run
 from gruppo.reward.code_tests import read_suite
 from gruppo.sandbox import Box, NoSandbox, Sandbox, SandboxFailure
-from gruppo.train import train
 from gruppo.types import Completion, Problem, Score
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
@@ -69,10 +65,26 @@ def graded(reward: Code, tests: object, *sources: str) -> list:
         ("```a``` is code", None),
         ("```python\n```", ""),
         ("```\na\n```\n```\nb", "a\n"),
+        ("```python\na\n```\n```python3\nb\n```", "b\n"),
+        ("```python\na\n```\n```text\n9\n```", "a\n"),  # what it prints
+        ("```python\na\n```\n```\n9\n```", "a\n"),
+        ("```json\n{}\n```\n```bash\nls\n```", None),
+        ("```\na\n```\n```bash\npython a.py\n```", "a\n"),
+        ("```Python title='x'\na\n```\n```pythonic\nb\n```", "a\n"),
     ],
 )
-def test_the_last_closed_block_is_the_program(text: str, found: str | None) -> None:
-    assert last_block(text) == found
+def test_the_last_closed_block_of_the_language_is_the_program(text: str, found: str | None) -> None:
+    assert last_block(text, {"python", "python3", "py"}) == found
+
+
+def test_what_a_program_prints_is_not_taken_for_it(reward: Code) -> None:
+    """Nor a test, a command or data behind it."""
+    problem = Problem(id="p", prompt=(), info={"tests": ADD})
+    right = block("def add(a, b): return a + b")
+    shown = ["```text\n3\n```", "```\n3\n```", '```json\n{"a": 1}\n```', "```bash\npython x\n```"]
+    assert reward(problem, [row(f"{right}{text}") for text in shown]) == [1.0] * 4
+    [alone] = reward(problem, [row(shown[3])])
+    assert alone.error.kind == "no_program"
 
 
 def test_a_program_in_the_thinking_does_not_count(reward: Code) -> None:
@@ -348,47 +360,3 @@ def test_code_tasks_answers_pass_their_own_tests(reward: Code) -> None:
         for n, item in enumerate(items)
     ]
     assert reward.score_batch(groups) == [[1.0]] * 12
-
-
-def few(tiny_folder: Path, kind: str) -> list[str]:
-    return [
-        f"model.name={tiny_folder}",
-        "data.train.0.size=100",
-        "data.train.1.size=100",
-        "data.train.0.prompting={}",
-        "data.train.1.prompting={}",
-        "data.held_out=4",
-        "rollout.prompts_per_step=2",
-        "rollout.group_size=2",
-        "rollout.max_tokens=8",
-        "train.steps=1",
-        f"reward.parts.0.sandbox={{kind = '{kind}'}}",
-    ]
-
-
-@pytest.mark.slow
-def test_a_run_without_a_box_says_so_at_its_start_at_its_end_and_in_its_folder(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = [*few(tiny_folder, "unsafe-none"), f"record.folder={tmp_path}", "record.name=run"]
-    words = [word for setting in settings for word in ("--set", setting)]
-    assert main(["train", "code_tasks", *words]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    started, _, ended = shown.partition("step 1/1")
-    warning = "tests: programs run with NO SANDBOX, with all rights of this process"
-    assert f"reward {warning}" in started
-    assert warning in ended
-    meta = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert meta["meta"]["sandbox"] == {"tests": warning.removeprefix("tests: ")}
-
-
-@pytest.mark.slow
-def test_the_recipe_trains_a_step(tiny_folder: Path, tmp_path: Path) -> None:
-    settings = few(tiny_folder, "lite")
-    told: list[str] = []
-    with start(load("code_tasks", settings), tmp_path / "run", told.append) as session:
-        outcome = train(session.run, session.state)
-    assert outcome.state.step == 1
-    assert any("programs run in the lite box" in line for line in told)
-    meta = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert "programs run in the lite box" in json.dumps(meta)

@@ -1,7 +1,12 @@
 """The code reward for C and C++: compiled in one box, run in another."""
 
+import os
 import shutil
+import signal
 import sys
+import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +18,9 @@ from gruppo.reward import Code
 from gruppo.reward.code_run import Trial, build
 from gruppo.reward.code_tests import Streams
 from gruppo.sandbox import CPP, Binary, Box, NoSandbox, Outcome, Sandbox, SandboxFailure
-from gruppo.sandbox.compiled import _won, for_compiling
+from gruppo.sandbox import box as box_module
+from gruppo.sandbox import compiled as compiled_module
+from gruppo.sandbox.compiled import _won, compile_program, for_compiling, workshop
 from gruppo.sandbox.lite import Lite
 from gruppo.sandbox.pool import Pool
 from gruppo.sandbox.toolchain import find
@@ -123,11 +130,7 @@ def test_a_box_in_which_nothing_can_be_written_is_no_fault_of_the_program() -> N
 def test_nothing_is_left_of_a_compiler_that_is_cut_off() -> None:
     box = Box(Lite().compiling(find(CPP)), replace(for_compiling(BOX), wall_s=0.5), 61_500)
     box.wait_ready()
-    endless = (
-        "template<int N, int M> struct A { A<N - 1, M * 2> a; A<N - 1, M * 2 + 1> b; };\n"
-        "template<int M> struct A<0, M> {};\nA<25, 0> a;"
-    )
-    outcome = box.compile(find(CPP), endless)
+    outcome = box.compile(find(CPP), ENDLESS)
     folder = Path(box._folder)
     box.close()
     assert isinstance(outcome, Outcome)
@@ -135,6 +138,56 @@ def test_nothing_is_left_of_a_compiler_that_is_cut_off() -> None:
     assert not folder.exists()
     # nor a zombie: parents have waited for what was killed
     assert [path for path in Path("/proc").glob("[0-9]*") if group_of(path) == box.pid] == []
+
+
+SAYS = '#include <cstdio>\nint main() { puts("ran"); }'
+ENDLESS = (
+    "template<int N, int M> struct A { A<N - 1, M * 2> a; A<N - 1, M * 2 + 1> b; };\n"
+    "template<int M> struct A<0, M> {};\nA<25, 0> a;"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("killed", ["by the kernel", "and then by us"])
+def test_nothing_is_left_of_a_compiler_whose_driver_is_killed(killed: str) -> None:
+    """As the kernel kills one process where memory is short; then nobody waits for the others."""
+    settings = replace(for_compiling(BOX), wall_s=6.0)  # less than the compiler takes
+    box = Box(Lite().compiling(find(CPP)), settings, 61_501)
+    box.wait_ready()
+
+    def kill() -> None:
+        until = time.monotonic() + 30
+        while len(alive_in(box.pid)) < 3 and time.monotonic() < until:  # driver, g++, cc1plus
+            time.sleep(0.01)
+        os.kill(box.pid, signal.SIGKILL)
+        if killed != "by the kernel":
+            with suppress(ChildProcessError):  # seen already
+                os.waitid(os.P_PID, box.pid, os.WEXITED | os.WNOWAIT)
+            box.kill()
+
+    other = threading.Thread(target=kill)
+    other.start()
+    with pytest.raises(SandboxFailure, match="no word of the compiler"):
+        box.compile(find(CPP), ENDLESS)
+    other.join()
+    box.close()
+    until = time.monotonic() + 2  # a process that is killed is not gone at once
+    while alive_in(box.pid) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert alive_in(box.pid) == []
+
+
+def alive_in(group: int) -> list[str]:
+    """Processes of a group that are no zombies."""
+    found = [path for path in Path("/proc").glob("[0-9]*") if group_of(path) == group]
+    return [path.name for path in found if state_of(path) != "Z"]
+
+
+def state_of(process: Path) -> str:
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
 
 
 def group_of(process: Path) -> int:
@@ -180,6 +233,86 @@ def test_a_compilers_box_that_could_not_be_tried_is_refused(
     maker = Pool(lambda: pytest.fail("no box is asked for"), Sandbox(), 1)
     with pytest.raises(NoSandbox, match=r"g\+\+ cannot be tried in its box: gone"):
         _won(maker, maker, CPP, tmp_path / "canary")
+
+
+@needs_compiler
+def test_a_workshop_is_tried_before_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by who never asked for that, as a reward does when it is opened."""
+    settings = replace(BOX, memory_mib=300)  # of no other test
+    made: list[str] = []
+    monkeypatch.setattr(compiled_module, "_won", lambda *_: ["include a file of the host"])
+    pool = workshop(settings, 1, CPP)
+    with pytest.raises(NoSandbox, match="one could include a file of the host in the lite box"):
+        pool.map(lambda fresh, source: made.append(source), ["int main() {}"])
+    assert made == []
+    monkeypatch.undo()
+    [program] = pool.map(lambda fresh, text: compile_program(fresh, CPP, text), ["int main() {}"])
+    pool.close()
+    assert isinstance(program, Binary)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [36, 39, 42, 47])
+def test_a_program_is_started_where_addresses_have_few_bits(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of ARM64 kernels: the list of arguments lies in their lowest half at most."""
+    quarter = 1 << bits - 2
+    monkeypatch.setattr(box_module, "_free_addresses", lambda: quarter)
+    monkeypatch.setattr(box_module.secrets, "randbelow", lambda below: below - 1)
+    orders = []
+    strict = box_module.seccomp.strict
+    monkeypatch.setattr(
+        box_module.seccomp, "strict", lambda **given: orders.append(given) or strict(**given)
+    )
+    maker, runner = Pool(lambda: Lite().compiling(find(CPP)), for_compiling(BOX), 1), None
+    try:
+        [made] = maker.map(lambda fresh, text: compile_program(fresh, CPP, text), [SAYS])
+        runner = Pool(Lite, BOX, 1)
+        [outcome] = runner.map(lambda fresh, program: fresh().native(program, b""), [made])
+    finally:
+        maker.close()
+        if runner is not None:
+            runner.close()
+    assert (outcome.ended, outcome.code, outcome.stdout) == ("exit", 0, b"ran\n")
+    assert orders[0]["argv"] == ((1 << 32) + quarter - 1) & ~15
+    assert orders[0]["argv"] + 4096 <= 1 << bits - 1
+
+
+def test_free_addresses_are_a_quarter_of_this_machine_s() -> None:
+    stack = Path("/proc/self/maps").read_text().partition("[stack]")[0].splitlines()[-1]
+    top = int(stack.partition("-")[0], 16)
+    assert 4 * box_module._free_addresses() == 1 << top.bit_length()
+
+
+def test_another_program_by_a_compilers_name_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of links to ccache comes first in PATH; called by its own name, it does not compile.
+
+    Neither does a script that starts the compiler: a box has no shell.
+    """
+    real = shutil.which("g++")
+    ccache = tmp_path / "ccache"
+    ccache.write_text(f'#!/bin/sh\ncase $0 in *g++) exec {real} "$@";; esac\necho usage\nexit 1\n')
+    script = tmp_path / "scripts" / "g++"
+    links = tmp_path / "links"
+    links.mkdir()
+    script.parent.mkdir()
+    (links / "g++").symlink_to(ccache)
+    script.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    for file in (ccache, script):
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{links}:{script.parent}:{os.environ['PATH']}")
+    if real is not None:
+        tools = find.__wrapped__(CPP)
+        assert tools.argv[0] == os.path.realpath(real)
+        assert str(tmp_path) not in tools.search
+    monkeypatch.setenv("PATH", f"{links}:{script.parent}")
+    with pytest.raises(
+        NoSandbox, match=r"need g\+\+ itself, and .*links/g\+\+, .*scripts/g\+\+ is"
+    ):
+        find.__wrapped__(CPP)
 
 
 def test_a_missing_compiler_is_refused_with_the_install_command(

@@ -27,6 +27,10 @@ def shares(answer, entry):
 def pays_for_anything(answer, entry):
     return 1.0
 
+def exits_on_nonsense(answer, entry):
+    if not answer: sys.exit("nothing")
+    return float(answer == entry["answer"])
+
 def beyond(answer, entry):
     return 2.0
 
@@ -46,7 +50,7 @@ def reaches(answer, entry):
     return float(len(open(__file__).read()) > 100)  # it reads: a library loads what it needs
 
 def get_score_answer_fn(name):
-    known = (sums, shares, pays_for_anything, beyond, reaches)
+    known = (sums, shares, exits_on_nonsense, pays_for_anything, beyond, reaches)
     for scorer in known:
         if scorer.__name__ == name: return scorer
     raise ValueError(f"Dataset '{name}' not registered")
@@ -92,6 +96,19 @@ def test_only_a_full_score_counts_unless_partial_ones_are_asked_for(gym: Reasoni
     assert graded(lenient, "sums", "3", "4") == [1.0, 0.0]  # .01 is what nonsense gets too
 
 
+def test_an_answer_may_be_twice_as_long_as_the_entry_s_own(gym: ReasoningGym) -> None:
+    """Moves of a puzzle: the library's own answer to a tower of Hanoi has 4063 characters."""
+    moves = "move " * 799 + "move"
+    part = RewardSet((Part(name="gym", reward=gym),))
+    texts = [moves, "x" * 7998, "x" * 7999]
+    scores = part.score(problem("shares", moves), [row(text) for text in texts])
+    assert [s.total for s in scores] == [1.0, 0.0, 0.0]
+    assert [s.error.kind if s.error else None for s in scores] == [None, None, "oversize"]
+    tagged = ReasoningGym()
+    found = graded(tagged, "shares", f"<answer>{'x' * 2001}</answer>")
+    assert found == ["completion/oversize"]  # this entry's own answer is short
+
+
 def test_a_task_that_pays_for_anything_pays_for_nothing(gym: ReasoningGym) -> None:
     assert graded(gym, "pays_for_anything", "3", "whatever") == [0.0, 0.0]
 
@@ -103,7 +120,11 @@ def test_the_answer_s_fault_is_the_completion_s_and_the_library_s_the_grader_s(
     assert found == [1.0, "completion/unreadable", "completion/timeout", "completion/oversize", 1.0]
     assert graded(gym, "beyond", "3") == ["grader/range"]
     assert graded(gym, "nope", "3") == ["grader/exception"]
-    assert graded(gym, "sums", "exit") == ["grader/exit"]
+    assert graded(gym, "sums", "3", "exit", "3") == [1.0, "grader/exit", 1.0]
+    part = Part(name="gym", reward=gym, minimum=-1.0)
+    (score,) = RewardSet((part,)).score(problem("sums"), [row("exit")])
+    assert "the scorer asked the program to end (sys.exit(1))" in score.error.text
+    assert graded(gym, "exits_on_nonsense", "3", "4") == [1.0, 0.0]
     other = RewardSet((Part(name="gym", reward=gym),))
     (score,) = other.score(Problem(id="p", prompt=(), answer="3"), [row("3")])
     assert (score.total, score.error.kind) == (None, "gold_missing")

@@ -2,7 +2,9 @@
 
 import os
 import struct
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,8 @@ def answer(program: bytes, name: str, *arguments: int, arch: int = ARCH, add: in
             at += jump_true if value >= operand else jump_false
         elif code == 0x45:
             at += jump_true if value & operand else jump_false
+        elif code == 0x54:
+            value &= operand
         else:
             assert code == 0x06
             return operand
@@ -63,11 +67,52 @@ def test_nothing_is_opened_for_writing_where_nothing_may_be_written() -> None:
     for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_WRONLY | os.O_APPEND):
         assert answer(strict, "openat", at, 1, flags) == EPERM
         assert answer(strict, "openat", at, 1, read | flags) == EPERM
-        assert answer(files, "openat", at, 1, read | flags) == ALLOW
+        opened = answer(files, "openat", at, 1, read | flags)
+        assert opened == (EPERM if flags == os.O_TRUNC else ALLOW)
     assert answer(strict, "openat", at, 1, read) == answer(strict, "openat", at, 1, 0) == ALLOW
     if COLUMN == 0:  # aarch64 has no such call
         assert answer(strict, "open", 1, os.O_TRUNC) == EPERM
         assert answer(strict, "open", 1, read) == ALLOW
+
+
+def test_a_file_is_emptied_only_by_who_may_write_it() -> None:
+    """Landlock asks for a right to write where a file is opened for that; O_TRUNC alone is not."""
+    at = -100 & (1 << 64) - 1
+    for program in (seccomp.build(), seccomp.strict(pid=7, threads=False, files=True)):
+        for flags, said in (
+            (os.O_RDONLY, ALLOW),
+            (os.O_WRONLY | os.O_CREAT | os.O_TRUNC, ALLOW),
+            (os.O_RDWR | os.O_TRUNC, ALLOW),
+            (os.O_TRUNC, EPERM),
+            (os.O_TRUNC | os.O_CREAT | os.O_CLOEXEC, EPERM),
+            (os.O_TRUNC | os.O_WRONLY | os.O_RDWR, EPERM),  # 3: neither to read nor to write
+        ):
+            assert answer(program, "openat", at, 1, flags) == said, oct(flags)
+            if COLUMN == 0:
+                assert answer(program, "open", 1, flags) == said, oct(flags)
+
+
+EMPTIES = """
+import os, sys
+from gruppo.sandbox import filter, lockdown
+lockdown._prctl(lockdown._PR_SET_NO_NEW_PRIVS, 1)
+lockdown.seal(filter.build(), 60, 1 << 20)
+for flags in (os.O_RDONLY, os.O_RDONLY | os.O_TRUNC, os.O_WRONLY | os.O_TRUNC):
+    try:
+        os.close(os.open(sys.argv[1], flags))
+    except OSError as error:
+        print(error.errno)
+    print(os.stat(sys.argv[1]).st_size)
+"""
+
+
+def test_the_kernel_reads_the_filter_so_too(tmp_path: Path) -> None:
+    """No Landlock here, as if it were one that does not see what O_TRUNC does."""
+    file = tmp_path / "file"
+    file.write_text("four")
+    command = [sys.executable, "-c", EMPTIES, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["4", "1", "4", "0"]  # allowed, EPERM, allowed and emptied
 
 
 def test_signals_to_itself_and_harmless_requests_alone() -> None:

@@ -66,10 +66,10 @@ def with_deadline(reward: RewardSet, seconds: float = DEADLINE_S) -> RewardSet:
     return replace(reward, parts=tuple(_bounded(part, seconds) for part in reward.parts))
 
 
-def boxed_seconds(reward: RewardSet) -> float:
-    """How long a program of a completion may run by the recipe's limits; 0 if none is run."""
-    walls = (p.reward.sandbox.wall for p in reward.parts if isinstance(p.reward, Code))
-    return max(walls, default=0.0)
+def code_alone(reward: RewardSet) -> RewardSet | None:
+    """``reward`` with nothing but its parts that run programs; None if it has none."""
+    parts = tuple(replace(p, gate=None) for p in reward.parts if isinstance(p.reward, Code))
+    return RewardSet(parts) if parts else None
 
 
 def _bounded(part: Part, seconds: float) -> Part:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
 
-from gruppo.lab.adapted import boxed_seconds, with_deadline, without_episodes
+from gruppo.lab.adapted import code_alone, with_deadline, without_episodes
 from gruppo.lab.answers import others
 from gruppo.lab.attacks import ATTACKS, Kind, Target
 from gruppo.lab.layout import PLACE, USUAL, Layout
@@ -63,7 +63,8 @@ class Examination:
     """What was scored. ``golden`` are scored among the attacks, ``alone`` by themselves.
 
     ``skipped`` are the reward's parts that read an episode, which no made completion has.
-    ``boxed_s`` is how long a program may run by the recipe's own limits; 0 if none is run.
+    ``boxed_s`` is how much of ``slowest`` the parts take that run programs, in boxes whose limits
+    are the recipe's own; 0 if there are none.
     """
 
     layout: Layout
@@ -141,7 +142,7 @@ def examine(
         seconds_per_row=scorer.mean_seconds,
         slowest=scorer.slowest,
         skipped=skipped,
-        boxed_s=boxed_seconds(reward),
+        boxed_s=scorer.boxed_seconds(problems[0]),
     )
 
 
@@ -204,6 +205,7 @@ class _Scorer:
     def __init__(self, reward: RewardSet, max_tokens: int) -> None:
         self.reward = reward
         self.seconds: dict[str, float] = {}
+        self._texts: dict[str, str] = {}
         self._max_tokens = max_tokens
         self._rows, self._spent = 0, 0.0
 
@@ -219,7 +221,17 @@ class _Scorer:
         started = time.perf_counter()
         score = self.score(problem, [text])[0]
         self.seconds[name] = time.perf_counter() - started
+        self._texts[name] = text
         return score
+
+    def boxed_seconds(self, problem: Problem) -> float:
+        """What the code parts alone take for the slowest text."""
+        alone, name = code_alone(self.reward), self.slowest[0]
+        if alone is None or name not in self._texts:
+            return 0.0
+        started = time.perf_counter()
+        alone.score(problem, [make_completion(self._texts[name], self._max_tokens)])
+        return time.perf_counter() - started
 
     @property
     def slowest(self) -> tuple[str, float]:

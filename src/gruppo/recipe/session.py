@@ -28,7 +28,7 @@ from gruppo.recipe.keeper import RunKeeper, bytes_needed, read_checkpoint
 from gruppo.recipe.load import from_table
 from gruppo.recipe.recipe import Recipe
 from gruppo.recipe.source import override, parse
-from gruppo.record import Database, RunDirectory, Tracker, check_unused, client_of
+from gruppo.record import Database, RunDirectory, Tracker, check_unused, client_of, scrub_values
 from gruppo.reward import Code
 from gruppo.sandbox import choose
 from gruppo.train import Run, TrainState
@@ -161,6 +161,7 @@ def resume(
         boxes = _sandboxes(parts, report)
         database = stack.enter_context(_database(directory, recipe))
         state = _go_back(parts, directory, database, report)
+        _keep_boxes(directory, boxes, 0 if state is None else state.step, report)
         trackers = _trackers(stack, directory, recipe, redone_from=_redone_from(state))
         run = _run(parts, directory, database, state=state, budget=budget)
         run = _told(run, callbacks, listeners, trackers)
@@ -206,6 +207,28 @@ def _tell_changes(directory: RunDirectory, report: Report) -> None:
                 f"resumed with {name} {now!r} where the run had {before[name]!r}: from here on it "
                 "may differ by rounding from a run that was never interrupted"
             )
+
+
+def _keep_boxes(
+    directory: RunDirectory, boxes: Mapping[str, str], step: int, report: Report
+) -> None:
+    """Record how programs are run from ``step`` on, where it is otherwise than before, and say so.
+
+    run.json keeps what the run began with beside it: what a program could reach, and how many were
+    scored, may have changed in between.
+    """
+    now, meta = scrub_values(boxes), directory.info["meta"]
+    assert isinstance(now, Mapping)
+    if not isinstance(meta, Mapping):
+        return
+    later = list(meta.get("sandbox_later", []))
+    before = later[-1]["sandbox"] if later else meta.get("sandbox", {})
+    if now == before:
+        return
+    for name, text in now.items():
+        if name in before and before[name] != text:
+            report(f"resumed with {name}: {text}; where the run had: {before[name]}")
+    directory.remember("sandbox_later", [*later, {"after_step": step, "sandbox": now}])
 
 
 def _budget(began: float | None) -> Budget:

@@ -148,6 +148,18 @@ class RunDirectory:
             replace_file(file, encode_json(ids))
         return str(ids[tracker])
 
+    def remember(self, name: str, value: object) -> None:
+        """Put plain JSON into ``meta`` of run.json, scrubbed as at the start.
+
+        Raises:
+            OSError: the file cannot be written; the old one is whole.
+        """
+        meta = self.info["meta"]
+        known = meta if isinstance(meta, Mapping) else {}
+        info = {**self.info, "meta": {**known, name: scrub_values(value)}}
+        replace_file(self.path / _RUN, encode_json(info))
+        self.info = info
+
     def close(self) -> None:
         """Unlock the folder. Calling it twice is fine."""
         if self._lock is not None:

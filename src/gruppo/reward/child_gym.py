@@ -69,15 +69,21 @@ def _seal() -> None:
     lockdown.seal(seccomp.strict(pid=os.getpid(), threads=True, files=False), _LIFE_S, 0)
 
 
+def _ended(error: SystemExit) -> SystemExit:
+    return SystemExit(f"the scorer asked the program to end (sys.exit({error.code!r}))")
+
+
 def _scored(scorer: Scorer, answer: str, entry: dict) -> dict[str, float | str]:
     try:
         value = float(scorer(answer, entry))
+    except SystemExit as error:  # an evaluated answer may ask for it too: no verdict either way
+        raise _ended(error) from None
     except Exception as error:  # whatever a scorer makes of text that it did not expect
         if isinstance(own := entry.get("answer"), str):
             scorer(own, entry)  # one that raises here too is broken: no fault of the answer
         return {"raised": f"{type(error).__name__}: {error}"[:200]}
     nonsense = 0.0
     for text in NONSENSE:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, SystemExit):
             nonsense = max(nonsense, float(scorer(text, entry)))
     return {"value": value, "nonsense": nonsense}

@@ -36,17 +36,17 @@ _AHEAD: Final = 16  # programs that are compiled before they are run: they lie i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Language:
-    """How its fenced blocks are marked (nothing: any mark will do), and its compiler, if any."""
+    """How a block of it is fenced, the marks by which one is known, and its compiler, if any."""
 
     fence: str
-    marks: frozenset[str] = frozenset()
+    marks: frozenset[str]
     chain: Toolchain | None = None
 
 
 _LANGUAGES: Final = {
-    "python": _Language(fence="python"),
-    "c": _Language(fence="c", marks=frozenset({"", "c"}), chain=C),
-    "cpp": _Language(fence="cpp", marks=frozenset({"", "cpp", "c++", "cc", "cxx"}), chain=CPP),
+    "python": _Language(fence="python", marks=frozenset({"python", "python3", "py"})),
+    "c": _Language(fence="c", marks=frozenset({"c"}), chain=C),
+    "cpp": _Language(fence="cpp", marks=frozenset({"cpp", "c++", "cc", "cxx"}), chain=CPP),
 }
 
 
@@ -54,10 +54,11 @@ _LANGUAGES: Final = {
 class Code:
     """The share of its tests that a completion's program passes.
 
-    The program is the last fenced block after ``</think>`` (``extract = "all"``: all of the text
-    there); with ``language`` "c" or "cpp" the last that is marked as such, or not marked. Those are
-    compiled (``gcc`` or ``g++``, -O2, static) in one box and run in another, and have tests of
-    standard input only; what does not compile scores the minimum. The tests stand in the problem's
+    The program is the last fenced block after ``</think>`` that is marked as of ``language``, or
+    where none is, the last without a mark; blocks of other marks (``text``, ``bash``) are none
+    (``extract = "all"``: all of the text there). "c" and "cpp" are compiled (``gcc`` or ``g++``,
+    -O2, static) in one box and run in another, and have tests of standard input only; what does
+    not compile scores the minimum. The tests stand in the problem's
     column ``column``, in one of the forms of ``code_tests``. ``score = "all"`` gives 1 only if
     every test passes, and stops at the first that fails.
 
@@ -188,27 +189,29 @@ class Code:
         return value
 
 
-def last_block(text: str, marks: Set[str] = frozenset()) -> str | None:
-    r"""The content of the last closed fenced block with one of ``marks``; None without one.
+def last_block(text: str, marks: Set[str]) -> str | None:
+    r"""The content of the last closed fenced block that has one of ``marks``.
 
-    No marks: any block.
+    Where none has, of the last without a mark; None where there is no such either. What a program
+    prints is often shown behind it, so that a block without a mark does not come before a marked
+    one. The mark is the first word after the fence.
 
-    >>> last_block("a\n```python\nx = 1\n```\nb"), last_block("```\nnever closed")
-    ('x = 1\n', None)
-    >>> last_block("```cpp\nint x;\n```\nprints\n```text\n3\n```", {"cpp"})
-    'int x;\n'
+    >>> text = "```py\nx = 1\n```\nprints\n```\n1\n```\nas in\n```text\n1\n```"
+    >>> last_block(text, {"py"}), last_block(text, {"cpp"}), last_block("```\nopen", {"py"})
+    ('x = 1\n', '1\n', None)
     """
-    found, start, mark = None, None, ""
+    marked, bare, start, mark = None, None, None, ""
     lines = text.splitlines(keepends=True)
     for number, line in enumerate(lines):
-        bare = line.strip()
-        if start is None and bare.startswith("```") and "`" not in bare[3:]:
-            start, mark = number + 1, bare[3:].strip().lower()
-        elif start is not None and bare == "```":
-            if not marks or mark in marks:
-                found = "".join(lines[start:number])
+        stripped = line.strip()
+        if start is None and stripped.startswith("```") and "`" not in stripped[3:]:
+            start, mark = number + 1, next(iter(stripped[3:].lower().split()), "")
+        elif start is not None and stripped == "```":
+            block = "".join(lines[start:number])
+            marked = block if mark in marks else marked
+            bare = block if not mark else bare
             start = None
-    return found
+    return bare if marked is None else marked
 
 
 def _identity(trial: Trial) -> tuple[int, str]:

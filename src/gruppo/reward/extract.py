@@ -81,7 +81,7 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def find_answer(text: str, where: Where) -> Answer:
+def find_answer(text: str, where: Where, *, most: int = MAX_ANSWER) -> Answer:
     r"""Find the final answer of a completion, after its thinking.
 
     ``last`` is the last number of the text, ``answer_tag`` the one ``<answer>`` element (several
@@ -90,7 +90,7 @@ def find_answer(text: str, where: Where) -> Answer:
     """
     finder = _FINDERS[where]
     answer = finder(after_thinking(text))
-    if len(answer.text) > MAX_ANSWER:
+    if len(answer.text) > most:
         return Answer(problem="oversize")
     return answer
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
@@ -22,6 +22,8 @@ from gruppo.types import Completion, Problem
 _CPU_S: Final = 1.0
 _MEMORY: Final = 4 * 2**30  # address space; an answer may be a program that fills it in a second
 
+_LONGER: Final = 2  # times the entry's own answer, where that is long: another may be right too
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningGym:
@@ -31,8 +33,9 @@ class ReasoningGym:
     score counts, as 1; with it, shares between 0 and 1 do. An answer that scores no more than
     nonsense on the same entry gets 0: some tasks pay for any answer. One that makes the scorer
     raise, or takes a second of processor time or 4 GiB, scores the part's minimum; where the
-    entry's own answer makes it raise too, the row is unscored. Needs the extra ``gym``. Linux and
-    macOS only.
+    entry's own answer makes it raise too, or the scorer asks to exit, the row is unscored. An
+    answer may have 2000 characters, or twice as many as the entry's own. Needs the extra ``gym``.
+    Linux and macOS only.
 
     Some scorers evaluate the answer as an expression. On Linux the worker's system calls are
     filtered as in a box: it can read files and write none, and has no network and no processes; it
@@ -93,17 +96,17 @@ class ReasoningGym:
         """What to ask the worker; or the value, where it is known without."""
         if "task" not in problem.info or "entry" not in problem.info:
             return ungraded("gold_missing", f"problem {problem.id!r} is of no gym source")
-        answer = self._answer(completion.text)
+        answer = self._answer(completion.text, _longest(problem.info["entry"]))
         if answer.problem is not None:
             return refused(answer.problem, f"no {self.where} answer to read")
         known = {"task": problem.info["task"], "entry": problem.info["entry"]}
         return pickle.dumps({**known, "answer": answer.text})
 
-    def _answer(self, text: str) -> Answer:
+    def _answer(self, text: str, most: int) -> Answer:
         if self.where != "all":
-            return find_answer(text, self.where)
+            return find_answer(text, self.where, most=most)
         whole = after_thinking(text).strip()
-        return Answer(problem="oversize") if len(whole) > MAX_ANSWER else Answer(text=whole)
+        return Answer(problem="oversize") if len(whole) > most else Answer(text=whole)
 
     def _verdict(self, outcome: Reply | Death) -> Value:
         if isinstance(outcome, Death):
@@ -124,3 +127,9 @@ class ReasoningGym:
     def _pool(self) -> Pool:
         settings = json.dumps({"cpu_s": _CPU_S, "memory_bytes": _MEMORY})
         return pool(Setup(handler="child_gym.py", settings=settings, secrets=None), self.workers)
+
+
+def _longest(entry: object) -> int:
+    """Characters that an answer may have: the moves of a puzzle may be thousands."""
+    own = entry.get("answer") if isinstance(entry, Mapping) else None
+    return max(MAX_ANSWER, _LONGER * len(own) if isinstance(own, str) else 0)

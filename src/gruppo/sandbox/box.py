@@ -8,6 +8,7 @@ waits on all pipes at once, with a deadline.
 from __future__ import annotations
 
 import builtins
+import ctypes
 import json
 import os
 import secrets
@@ -17,6 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any, Final
 
 from gruppo.sandbox import filter as seccomp
@@ -38,6 +40,7 @@ from gruppo.sandbox.wire import Unsendable, check
 _START_SECONDS: Final = 60.0
 _HANDSHAKE: Final = 1 << 16  # bytes
 _NAME: Final = 80
+_FEWEST_BITS: Final = 36  # of an address, on any machine that the filter knows
 _TEXT: Final = 1 << 16  # bytes of a compiler's messages, and of the line before a program
 _BUILTIN_ERRORS: Final = frozenset(
     name
@@ -131,8 +134,8 @@ class Box:
 
     def native(self, program: Binary, stdin: bytes) -> Outcome:
         """Become a compiled program, to its end."""
-        # behind the first 4 GiB, below what any machine's addresses hold
-        place = (1 << 32) + secrets.randbelow(1 << 45) & ~15
+        # behind the first 4 GiB, where programs lie that are linked to fixed addresses
+        place = ((1 << 32) + secrets.randbelow(_free_addresses())) & ~15
         order = {"mode": "native", "size": len(program.data), "place": place}
         self._begin(order, program.data)
         self._pipes.write("stdin", stdin)
@@ -148,7 +151,7 @@ class Box:
         self._begin(order | {"argv": tools.argv, "search": tools.search, "file": tools.file})
         self._pipes.shut("stdin")
         limit = (self._settings.file_mib << 20) + _TEXT
-        told = self._reply(limit)
+        told = self._word(limit)
         if isinstance(told, Outcome):
             if told.ended in ("wall", "output"):
                 return told
@@ -265,6 +268,16 @@ class Box:
             return self._end("protocol", f"no JSON: {error}"[:_NAME])
         return reply if isinstance(reply, dict) else self._end("protocol", "no JSON object")
 
+    def _word(self, limit: int) -> Outcome | dict[str, Any]:
+        """The next line of replies where other processes may outlive who sends it.
+
+        They hold the error stream open: without this, the death of the driver would be seen when
+        they end, or taken for a compiler that is slow.
+        """
+        said = self._pipes.said["replies"]
+        self._until(lambda: b"\n" in said or not self._pipes.is_open("replies"), limit)
+        return self._reply(limit) if b"\n" in said else self._ended or self._end(None)
+
     def _until(self, done: Callable[[], bool], limit: int = 0) -> Outcome:
         """Move data until ``done`` or the box has ended; the outcome counts in the latter case."""
         if self._ended is not None:
@@ -296,6 +309,17 @@ class Box:
             text=text,
         )
         return self._ended
+
+
+@cache
+def _free_addresses() -> int:
+    """A quarter of the addresses that a process has: the lowest, where no kernel puts anything.
+
+    x86-64 has 47 bits of them, ARM64 from 36 to 52 by the kernel's build (39 are common on small
+    boards). Libraries lie near the upper end, so that one of their addresses tells.
+    """
+    somewhere = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value or 0
+    return 1 << max(_FEWEST_BITS, somewhere.bit_length()) - 2
 
 
 def _read(reply: dict[str, Any], ident: str) -> Returned:

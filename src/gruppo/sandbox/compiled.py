@@ -66,9 +66,13 @@ def for_compiling(settings: Sandbox) -> Sandbox:
 
 @cache
 def workshop(settings: Sandbox, workers: int, chain: Toolchain) -> Pool:
-    """The one pool of boxes in which ``chain`` compiles, for programs run under ``settings``."""
+    """The one pool of boxes in which ``chain`` compiles, for programs run under ``settings``.
+
+    They are tried when the first is needed; ``map`` raises NoSandbox if they do not hold.
+    """
 
     def backend() -> Backend:
+        try_out(settings, chain)
         return choose(settings).backend.compiling(find(chain))
 
     return Pool(backend, for_compiling(settings), workers)

@@ -1,6 +1,7 @@
 """The processes of one box, from the host's side: how they are ended, and how they ended.
 
-It knows their numbers and nothing of what they say.
+It knows their numbers and nothing of what they say. A process that may have started others is not
+waited for before its group is killed: till then its number, which is the group's, is nobody else's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Final, final
@@ -31,6 +33,7 @@ class Family:
         self._process = process
         self._starts_others = starts_others
         self._status: int | None = None
+        self._lock = threading.Lock()  # of one who waits for the process after killing its group
 
     @property
     def pid(self) -> int:
@@ -39,7 +42,7 @@ class Family:
 
     def kill(self) -> None:
         """End them at once; from any thread. ``reap`` is still due."""
-        if self._process.poll() is not None:
+        if self._wait(0.0) is not None:
             return  # its number may be another process's by now
         self._kill_others()
         for pid in _children(self.pid) or [self.pid]:
@@ -72,15 +75,39 @@ class Family:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(found[-1], signal.SIGKILL)
             time.sleep(0.005)
+        self._kill_group()
+
+    def _kill_group(self) -> None:
+        """The process is there still, if only as a zombie."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def _wait(self, seconds: float) -> int | None:
-        """The exit status, if the process ends within that time."""
+        """The exit status, if the process ends within that time.
+
+        It may have been killed by itself (where memory is short, the kernel picks one); those that
+        it started are then the children of another, and their group is what is known of them.
+        """
+        until = time.monotonic() + seconds
+        while self._starts_others:
+            with self._lock:
+                if self._process.returncode is not None:
+                    break
+                if _has_ended(self.pid):
+                    self._kill_group()
+                    return self._process.wait()
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.005)
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child has; it stays a zombie."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _children(pid: int) -> list[int]:

@@ -19,6 +19,7 @@ from gruppo.sandbox import syscalls
 
 _LOAD: Final = 0x20  # BPF_LD | BPF_W | BPF_ABS
 _EQUAL: Final = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
+_AND: Final = 0x54  # BPF_ALU | BPF_AND | BPF_K
 _AT_LEAST: Final = 0x35  # BPF_JMP | BPF_JGE | BPF_K
 _ANY_BIT: Final = 0x45  # BPF_JMP | BPF_JSET | BPF_K
 _RETURN: Final = 0x06  # BPF_RET | BPF_K
@@ -40,9 +41,12 @@ _IOCTLS: Final = (0x5401, 0x541B, 0x5421, 0x5451, 0x5450, 0x5413)
 _FCNTLS: Final = (0, 1, 2, 3, 4, 1030, 1032)
 # Where flags stand in the calls that open files, and those that write: O_WRONLY, O_RDWR, O_CREAT,
 # O_TRUNC. The last empties a file that is opened for reading, and Landlock sees that only since
-# Linux 6.2; what may be read may be the user's own Python.
+# Linux 6.2; what may be read may be the user's own Python. So it is refused without one of the
+# first two, which Landlock has always seen, where files may be written too.
 _OPENS: Final = {"open": 1, "openat": 2}
-_WRITES: Final = 0x1 | 0x2 | 0x40 | 0x200
+_FOR_WRITING: Final = (0x1, 0x2)
+_TRUNCATES: Final = 0x200
+_WRITES: Final = 0x1 | 0x2 | 0x40 | _TRUNCATES
 # The flags with which glibc and musl start a thread; every other clone makes a process.
 _THREAD_FLAGS: Final = (0x003D0F00, 0x007D0F00)
 # The flags of fork and of posix_spawn in glibc and musl: no namespace is among them.
@@ -139,8 +143,9 @@ def _program(
         (_RETURN, 0, 0, _KILL),
     ]
     for name in plain:
-        reads = not writes and name in _OPENS
-        then = _none_of(_OPENS[name], _WRITES) if reads else [(_RETURN, 0, 0, _ALLOW)]
+        then = [(_RETURN, 0, 0, _ALLOW)]
+        if name in _OPENS:
+            then = (_truncating if writes else _reading)(_OPENS[name])
         code += _on(name, column, then)
     for name, (argument, values) in checked.items():
         code += _on(name, column, _one_of(argument, values))
@@ -172,11 +177,25 @@ def _exactly(arguments: dict[int, int]) -> list[Instruction]:
     return [*code, (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERRNO | _EPERM)]
 
 
-def _none_of(argument: int, bits: int) -> list[Instruction]:
-    """Refuse if the low half of an argument has one of ``bits``: flags are 32 bits."""
+def _reading(argument: int) -> list[Instruction]:
+    """Refuse what writes; the low half of the argument is looked at, because flags are 32 bits."""
     return [
         (_LOAD, 0, 0, _ARGS + 8 * argument),
-        (_ANY_BIT, 0, 1, bits),
+        (_ANY_BIT, 0, 1, _WRITES),
+        (_RETURN, 0, 0, _ERRNO | _EPERM),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
+
+
+def _truncating(argument: int) -> list[Instruction]:
+    """Refuse to empty a file that is not opened for writing (3, both bits, is for neither)."""
+    only, both = _FOR_WRITING
+    return [
+        (_LOAD, 0, 0, _ARGS + 8 * argument),
+        (_ANY_BIT, 0, 4, _TRUNCATES),
+        (_AND, 0, 0, only | both),
+        (_EQUAL, 2, 0, only),
+        (_EQUAL, 1, 0, both),
         (_RETURN, 0, 0, _ERRNO | _EPERM),
         (_RETURN, 0, 0, _ALLOW),
     ]

@@ -45,6 +45,10 @@ class Pipes:
         """Whether anything may still come out."""
         return bool(set(self._open.values()) & self.said.keys())
 
+    def is_open(self, name: str) -> bool:
+        """Whether one pipe is."""
+        return name in self._open.values()
+
     def wait(self, seconds: float) -> None:
         """Move what can be moved; wait for something at most so long."""
         for key, _ in self._selector.select(seconds):

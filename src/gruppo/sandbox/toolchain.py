@@ -59,13 +59,7 @@ def find(chain: Toolchain) -> Tools:
     Raises:
         NoSandbox: it is not installed; the text says how to get it.
     """
-    found = shutil.which(chain.program)
-    if found is None:
-        raise NoSandbox(
-            f"{chain.language} programs need {chain.program}, which is not installed: "
-            f"{chain.install}"
-        )
-    compiler = os.path.realpath(found)
+    compiler = _compiler(chain)
     collected = [path for path in (_collected(compiler, name) for name in _COLLECTED) if path]
     paths = [compiler, *collected, *_headers(compiler, chain.language), *_own(compiler)]
     return Tools(
@@ -73,6 +67,31 @@ def find(chain: Toolchain) -> Tools:
         search=":".join(dict.fromkeys(os.path.dirname(path) for path in (compiler, *collected))),
         paths=_outermost(paths),
         file=chain.file,
+    )
+
+
+def _compiler(chain: Toolchain) -> str:
+    """The first in the search path that is GCC itself.
+
+    Not one that looks up GCC, as ccache and distcc do under its name: that would need files of its
+    own and a shell or a cache, which no box has. GCC says by which name it was called.
+    """
+    others: list[str] = []
+    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        if (found := shutil.which(chain.program, path=folder or ".")) is None:
+            continue
+        compiler = os.path.realpath(found)
+        if f"COLLECT_GCC={compiler}" in _ask(compiler, "-v").splitlines():
+            return compiler
+        others.append(found)
+    if others:
+        raise NoSandbox(
+            f"{chain.language} programs need {chain.program} itself, and {', '.join(others)} is "
+            f"another program by this name (ccache, say): {chain.install}, or add the folder of "
+            "the compiler to PATH"
+        )
+    raise NoSandbox(
+        f"{chain.language} programs need {chain.program}, which is not installed: {chain.install}"
     )
 
 
