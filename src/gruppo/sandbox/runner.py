@@ -62,7 +62,7 @@ def engine(wasmtime: Any) -> Any:
     """The compiler and its settings: the same for making a module and for running it.
 
     Programs are ended by killing this process, which needs no help of the compiled code: checks of
-    an epoch in every loop made it a quarter slower, and stop no bulk operation.
+    an epoch in every loop made it a fifth slower, and stop no bulk operation.
     """
     settings = wasmtime.Config()
     settings.max_wasm_stack = _STACK
