@@ -26,7 +26,7 @@ def measure(kind: str, count: int, workers: int) -> float:
 
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 300
-    for kind in ("bubblewrap", "lite", "unsafe-none"):
+    for kind in ("bubblewrap", "lite", "wasi", "unsafe-none"):
         for workers in (1, 2):
             try:
                 rate = measure(kind, count, workers)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from gruppo.sandbox import Pool, Sandbox, choose
 from support.attack import Attack
 from support.attacks import ATTACKS, HARMLESS
 from support.attacks_compiled import COMPILED, COMPILED_HARMLESS, PROGRAM
+from support.wasi import missing as wasi_missing
+from support.wasi import shared_cache
 
 CHILD = Path(__file__).parents[1] / "support" / "attack_child.py"
 USER = 61_111
@@ -30,6 +33,8 @@ BOXES = [
     )
     for kind in ("bubblewrap", "lite")
 ]
+NO_WASI = wasi_missing()
+needs_wasi = pytest.mark.skipif(NO_WASI != "", reason=NO_WASI)
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or not os.path.exists(PLAIN_PYTHON),
     reason=f"becoming another user needs root, and {PLAIN_PYTHON} for it",
@@ -39,8 +44,10 @@ needs_root = pytest.mark.skipif(
 def attacked(jobs: list[str], *, uid: int = 0) -> dict:
     """What the attacks came to, by kind of box, run in a process of their own."""
     # not pytest's folder: other users cannot reach that
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as context:
         os.chmod(folder, 0o777)
+        if any(job.startswith("wasi") for job in jobs):
+            context.enter_context(shared_cache())
         done = subprocess.run(
             [sys.executable, CHILD, str(uid), ",".join(jobs), PLAIN_PYTHON if uid else "", folder],
             capture_output=True,
@@ -136,6 +143,20 @@ def test_without_a_box_harmless_compiled_attacks_succeed() -> None:
     result = attacked(["unsafe-none:cpp-harmless"])["unsafe-none"]
     assert result["values"] == dict.fromkeys(COMPILED_HARMLESS, 1.0)
     assert result["changed"] == ["status"]
+
+
+@pytest.mark.slow
+@needs_wasi
+@pytest.mark.parametrize("uid", [0, pytest.param(USER, marks=needs_root)])
+def test_no_attack_is_paid_or_harms_in_the_wasi_box(uid: int) -> None:
+    """Those that need ctypes, processes or other modules that it lacks fail at that."""
+    result = attacked(["wasi:quick"], uid=uid)["wasi"]
+    check_survived(result, of(ATTACKS, "quick"))
+    assert result["values"]["read a file"] == 0.0
+    assert result["values"]["hard exit"] == ["completion", "exit_0"]
+    result = attacked(["wasi:slow"], uid=uid)["wasi"]
+    check_survived(result, of(ATTACKS, "slow"))
+    assert result["values"]["endless loop"] == ["completion", "timeout"]
 
 
 @pytest.mark.slow

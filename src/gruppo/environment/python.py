@@ -7,6 +7,7 @@ kept from one call to the next.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Literal, Protocol, runtime_checkable
 
@@ -136,12 +137,12 @@ class Python:
                 f"to {max_seconds / MAX_CALLS / 1.25:.1f}"
             )
 
-    def open(self) -> Toolbox:
-        """Choose the box and try it.
+    def open(self, report: Callable[[str], None] = lambda text: None) -> Toolbox:
+        """Choose the box and try it; ``report`` hears of downloads.
 
         Raises:
             NoSandbox: none holds here; the text says how to get one.
         """
-        choose(self.sandbox)
+        choose(self.sandbox, report)
         runner = BoxRunner(sandbox=self.sandbox)
         return python_environment(runner, calls=self.calls, max_result=self.max_result)

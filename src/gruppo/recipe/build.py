@@ -120,7 +120,7 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
     model = loaded.model
     if section.lora is not None:
         model = attach(model, section.lora, compute_dtype=dtype)
-    environment = recipe.environment.open()
+    environment = recipe.environment.open(report)
     encoder = _encoder(loaded, recipe, environment)
     engine = LocalEngine(
         model,
@@ -178,7 +178,7 @@ def open_rewards(recipe: Recipe, report: Report) -> RewardSet:
     reward = recipe.reward.build(max_tokens=recipe.rollout.max_tokens, device=device)
     for part in reward.parts:
         if isinstance(part.reward, Code):
-            report(f"reward {part.name}: {part.reward.open().text}")
+            report(f"reward {part.name}: {part.reward.open(report).text}")
         elif isinstance(part.reward, Opens):
             part.reward.open()
     return reward

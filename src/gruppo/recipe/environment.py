@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -47,7 +48,7 @@ class EnvironmentSection:
             workers=self.workers,
         )
 
-    def open(self) -> Environment | None:
+    def open(self, report: Callable[[str], None] = lambda text: None) -> Environment | None:
         """Make the environment; None if completions are one turn.
 
         Raises:
@@ -56,7 +57,9 @@ class EnvironmentSection:
         match self.use:
             case None:
                 return None
-            case Python() | Trl() as made:
+            case Python() as tool:
+                return tool.open(report)
+            case Trl() as made:
                 return made.open()
             case Custom() as custom:
                 return _checked(custom)

@@ -7,7 +7,7 @@ sandbox's matter (``gruppo.sandbox``); what the tests are, the data's (``code_te
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import ClassVar, Final, Literal
@@ -86,14 +86,21 @@ class Code:
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= 256:
             raise ValueError(f"code.workers = {self.workers}: must be from 1 to 256")
+        if self.language != "python" and self.sandbox.kind == "wasi":
+            raise ValueError(
+                f'code.language = "{self.language}" with sandbox.kind = "wasi", which runs Python '
+                'alone: set language = "python", or sandbox.kind = "bubblewrap" or "lite" (Linux)'
+            )
 
-    def open(self) -> Choice:
+    def open(self, report: Callable[[str], None] = lambda text: None) -> Choice:
         """Choose the box and try it, and the compiler if there is one.
+
+        ``report`` hears of downloads.
 
         Raises:
             NoSandbox: none holds here; the text says how to get one.
         """
-        chosen, chain = choose(self.sandbox), self._language.chain
+        chosen, chain = choose(self.sandbox, report), self._language.chain
         if chain is None:
             return chosen
         return replace(chosen, text=f"{chosen.text}; {try_out(self.sandbox, chain)}")

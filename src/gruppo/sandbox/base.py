@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
-Kind = Literal["auto", "bubblewrap", "lite", "unsafe-none"]
+from gruppo.sandbox.bundle import PROCESS
+from gruppo.wheel import Report
+
+Kind = Literal["auto", "bubblewrap", "lite", "wasi", "unsafe-none"]
 Ended = Literal["exit", "signal", "cpu", "wall", "output", "protocol"]
 
 
@@ -28,16 +31,17 @@ class Sandbox:
     """How untrusted programs are run: the kind of box, and the limits of each program.
 
     ``kind = "auto"`` takes bubblewrap, else the "lite" box (Landlock and seccomp, nothing to
-    install), and refuses if neither holds. "unsafe-none" runs programs with the rights of the
-    training process, and must be asked for by name.
+    install), else "wasi" (Python compiled to WebAssembly, slower; needs wasmtime), and refuses if
+    none holds. "unsafe-none" runs programs with the rights of the training process, and must be
+    asked for by name.
 
     Time is judged by processor seconds, ``cpu_s``, which a busy machine does not shorten.
     ``wall_s`` on the clock is only a backstop, ten times as much unless given. ``memory_mib``
     bounds the address space. ``processes`` above 1 allows as many threads; no program can start a
     process. There is no file to write, unless ``tmp_mib`` makes a private ``/tmp`` (bubblewrap
     only) for files of up to ``file_mib``. ``output_mib`` bounds each of output, error output and
-    results. ``python`` is the interpreter of the programs ("": the one that runs gruppo), with its
-    standard library alone.
+    results. ``python`` is the interpreter of the programs ("": the one that runs gruppo, or the one
+    that is part of the "wasi" box), with its standard library alone.
 
     Raises:
         ValueError: a limit out of its range.
@@ -112,12 +116,15 @@ class Launch:
     """How to start the process of a box.
 
     ``descriptors`` are handed to it and closed here afterwards; ``config`` is what the driver
-    inside is told first; ``folder`` is where it may write, as seen inside ("": nowhere), and
-    ``scratch`` says that this is a folder of the host, to be removed at the end.
+    inside is told first, ``following`` what is sent after that; ``modules`` are what it loads, the
+    last being the one that takes over; ``folder`` is where it may write, as seen inside ("":
+    nowhere), and ``scratch`` says that this is a folder of the host, to be removed at the end.
     """
 
     argv: tuple[str, ...]
     config: Mapping[str, object]
+    modules: tuple[str, ...] = PROCESS
+    following: bytes = b""
     descriptors: tuple[int, ...] = ()
     folder: str = ""
     scratch: bool = False
@@ -135,6 +142,19 @@ class Backend(Protocol):
     @property
     def sealed(self) -> bool:
         """Whether programs run under the strict system call filter."""
+        ...
+
+    @property
+    def isolates(self) -> bool:
+        """Whether it is a box at all."""
+        ...
+
+    def prepare(self, settings: Sandbox, report: Report) -> None:
+        """Get what is made or downloaded once, if it needs any; ``launch`` does not.
+
+        Raises:
+            NoSandbox: it cannot be had, or the settings ask for what this kind cannot do.
+        """
         ...
 
     def launch(self, settings: Sandbox, command: tuple[str, ...], uid: int) -> Launch:

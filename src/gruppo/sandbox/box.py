@@ -102,7 +102,9 @@ class Box:
             for descriptor in descriptors:
                 os.close(descriptor)
         self._family = Family(process, starts_others=self._scratch)
-        self._pipes.write("commands", payload(python) + _line(dict(plan.config)))
+        self._pipes.write(
+            "commands", payload(python, plan.modules) + _line(dict(plan.config)) + plan.following
+        )
 
     @property
     def pid(self) -> int:

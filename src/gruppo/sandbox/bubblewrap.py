@@ -17,6 +17,7 @@ from typing import Final
 from gruppo.sandbox import filter as seccomp
 from gruppo.sandbox.base import Launch, NoSandbox, Sandbox, Tools, config_of
 from gruppo.sandbox.python import Library, library
+from gruppo.wheel import Report
 
 _NAMESPACES: Final = ("ipc", "pid", "net", "uts", "cgroup")
 INSTALL: Final = "apt-get install bubblewrap (or dnf, pacman, apk add: the package is bubblewrap)"
@@ -28,7 +29,11 @@ class Bubblewrap:
 
     kind: str = "bubblewrap"
     sealed: bool = True
+    isolates: bool = True
     tools: Tools | None = None
+
+    def prepare(self, settings: Sandbox, report: Report) -> None:
+        """Nothing has to be made first."""
 
     def launch(self, settings: Sandbox, command: tuple[str, ...], uid: int) -> Launch:
         """Wrap the interpreter."""

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Final
 
 _FOLDER: Final = Path(__file__).parent
-_MODULES: Final = ("wire", "lockdown", "inside")
+PROCESS: Final = ("wire", "lockdown", "inside", "process")
+RUNNER: Final = ("calls", "runner")
+GUEST: Final = ("wire", "inside", "guest")
 
-# Reads a length and that many bytes from a descriptor, makes our modules, and hands over.
+# Reads a length and that many bytes from a descriptor, makes our modules, and hands over to the
+# last of them.
 BOOT: Final = """
 import sys, marshal, types, os
 commands, replies = int(sys.argv[1]), int(sys.argv[2])
@@ -33,27 +36,38 @@ for name, code in marshal.loads(data[8:8 + size]):
     sys.modules[module.__name__] = module
     setattr(sys.modules["gruppo.sandbox"], name, module)
     exec(code, module.__dict__)
-sys.modules["gruppo.sandbox.inside"].main(commands, replies, data[8 + size:])
+module.main(commands, replies, data[8 + size:])
 """
 
 
 @cache
-def payload(python: str) -> bytes:
+def payload(python: str, names: tuple[str, ...]) -> bytes:
     """The modules as the bytes that ``BOOT`` reads, compiled if ``python`` reads our byte code.
 
     Raises:
         OSError: there is no such interpreter.
         ValueError: it is none, or older than 3.9.
     """
-    own = importlib.util.MAGIC_NUMBER
-    alike = magic(python) == own
-    modules = []
-    for name in _MODULES:
-        text = (_FOLDER / f"{name}.py").read_text(encoding="utf-8")
-        code = compile(text, f"<box {name}>", "exec", dont_inherit=True) if alike else text
-        modules.append((name, code))
-    # version 2 is read by every interpreter
-    data = marshal.dumps(modules) if alike else marshal.dumps(modules, 2)
+    if magic(python) != importlib.util.MAGIC_NUMBER:
+        return as_text(names)
+    codes = [
+        (name, compile(text, f"<box {name}>", "exec", dont_inherit=True))
+        for name, text in _texts(names)
+    ]
+    return _framed(marshal.dumps(codes))
+
+
+@cache
+def as_text(names: tuple[str, ...]) -> bytes:
+    """The same for an interpreter of any version."""
+    return _framed(marshal.dumps(_texts(names), 2))  # a version that every interpreter reads
+
+
+def _texts(names: tuple[str, ...]) -> list[tuple[str, str]]:
+    return [(name, (_FOLDER / f"{name}.py").read_text(encoding="utf-8")) for name in names]
+
+
+def _framed(data: bytes) -> bytes:
     return len(data).to_bytes(8, "big") + data
 
 

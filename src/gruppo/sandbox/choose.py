@@ -12,10 +12,11 @@ import socket
 import sys
 import tempfile
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
+from gruppo.sandbox import interpreter
 from gruppo.sandbox.base import (
     Backend,
     Call,
@@ -30,11 +31,14 @@ from gruppo.sandbox.bubblewrap import INSTALL, Bubblewrap
 from gruppo.sandbox.lite import Lite, Unboxed
 from gruppo.sandbox.pool import FreshBox, Pool
 from gruppo.sandbox.python import library
+from gruppo.sandbox.wasi import Wasi
+from gruppo.wheel import Report
 
 _BACKENDS: Final[dict[str, tuple[Backend, ...]]] = {
-    "auto": (Bubblewrap(), Lite()),
+    "auto": (Bubblewrap(), Lite(), Wasi()),
     "bubblewrap": (Bubblewrap(),),
     "lite": (Lite(),),
+    "wasi": (Wasi(),),
     "unsafe-none": (Unboxed(),),
 }
 _FIXES: Final = {
@@ -44,6 +48,7 @@ _FIXES: Final = {
         "profile that allows them; as root it needs CAP_SYS_ADMIN"
     ),
     "lite": "it needs Linux 5.13 or newer with Landlock enabled (lsm=landlock,...)",
+    "wasi": f"it needs what {interpreter.INSTALL} gives",
 }
 _HINTS: Final = {
     "read a file of the host": "files are not isolated",
@@ -63,6 +68,10 @@ _HINTS: Final = {
     "take twice the memory": "limits are not in force",
     "read an environment": "processes are not isolated",
 }
+_ADVICE: Final = {
+    "linux": f"bubblewrap: {INSTALL}",
+    "darwin": f"wasmtime: {interpreter.INSTALL}",
+}
 _LAST_RESORT: Final = (
     'Programs are not run without a box, unless the recipe says sandbox = { kind = "unsafe-none" }'
 )
@@ -76,26 +85,30 @@ class Choice:
     text: str
 
 
-@cache
-def choose(settings: Sandbox) -> Choice:
-    """The backend for ``settings.kind``, tried.
+_chosen: dict[Sandbox, Choice] = {}
+
+
+def choose(settings: Sandbox, report: Report = lambda text: None) -> Choice:
+    """The backend for ``settings.kind``, tried; ``report`` is told of downloads.
 
     Raises:
         NoSandbox: none holds here; the text names what failed, and the fix.
     """
-    if sys.platform != "linux":
-        raise NoSandbox(
-            f'sandbox.kind = "{settings.kind}": boxes need Linux, and this is {sys.platform}; '
-            "run in a Linux container or virtual machine"
-        )
+    if settings not in _chosen:
+        _chosen[settings] = find(settings, report)
+    return _chosen[settings]
+
+
+def find(settings: Sandbox, report: Report) -> Choice:
+    """``choose``, tried anew."""
     refusals: list[str] = []
-    for backend in _BACKENDS[settings.kind]:
-        if not backend.sealed:
+    for backend in _possible(settings.kind):
+        if not backend.isolates:
             return Choice(
                 backend=backend,
                 text="programs run with NO SANDBOX, with all rights of this process",
             )
-        refusal = _refusal(backend, settings)
+        refusal = _refusal(backend, settings, report)
         if refusal is None:
             user = "a user of its own" if os.geteuid() == 0 else "this user"
             text = "; ".join([f"programs run in the {backend.kind} box as {user}", *refusals])
@@ -103,8 +116,25 @@ def choose(settings: Sandbox) -> Choice:
         refusals.append(f"{backend.kind}: {refusal}")
     raise NoSandbox(
         f'sandbox.kind = "{settings.kind}": no box holds here. {". ".join(refusals)}. Install '
-        f"bubblewrap: {INSTALL}. {_LAST_RESORT}"
+        f"{_ADVICE[sys.platform]}. {_LAST_RESORT}"
     )
+
+
+def _possible(kind: str) -> tuple[Backend, ...]:
+    """The backends of a kind that there are on this system.
+
+    Raises:
+        NoSandbox: there are none.
+    """
+    backends = _BACKENDS[kind]
+    if sys.platform == "darwin":
+        backends = tuple(backend for backend in backends if backend.kind == "wasi")
+    if sys.platform not in _ADVICE or not backends:
+        raise NoSandbox(
+            f'sandbox.kind = "{kind}": this box needs Linux, and this is {sys.platform}; run in a '
+            'Linux container or virtual machine (on macOS, kind = "wasi" runs Python programs)'
+        )
+    return backends
 
 
 @cache
@@ -116,12 +146,13 @@ def boxes(settings: Sandbox, workers: int) -> Pool:
     return Pool(lambda: choose(settings).backend, settings, workers)
 
 
-def _refusal(backend: Backend, settings: Sandbox) -> str | None:
+def _refusal(backend: Backend, settings: Sandbox, report: Report) -> str | None:
     """Why a backend cannot be used; None if it can."""
     quick = replace(settings, cpu_s=max(settings.cpu_s, 5), wall_s=60.0, output_mib=1)
     pool = Pool(lambda: backend, quick, 1)
     try:
-        won = pool.map(_attack, [quick])[0]
+        backend.prepare(quick, report)
+        won = pool.map(partial(_attack, own=backend.sealed), [quick])[0]
     except NoSandbox as error:
         return str(error)
     finally:
@@ -135,8 +166,11 @@ def _refusal(backend: Backend, settings: Sandbox) -> str | None:
     return None
 
 
-def _attack(fresh: FreshBox, settings: Sandbox) -> list[str]:
-    """Run the mini attacks in a box, with things of the host to go for."""
+def _attack(fresh: FreshBox, settings: Sandbox, *, own: bool) -> list[str]:
+    """Run the mini attacks in a box, with things of the host to go for.
+
+    ``own``: the interpreter in the box is one of the host, and has all that the attacks need.
+    """
     box = fresh()
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
         os.chmod(folder, 0o777)
@@ -151,6 +185,7 @@ def _attack(fresh: FreshBox, settings: Sandbox) -> list[str]:
             "folders": [folder, "/tmp/", "/dev/shm", "/var/tmp", "/run", "/", str(Path.home())],
             "token": secrets.token_hex(8),
             "memory": settings.memory_mib << 20,
+            "own": own,
         }
         if settings.tmp_mib:  # its own, and it may write there
             facts["folders"] = [path for path in facts["folders"] if path != "/tmp/"]

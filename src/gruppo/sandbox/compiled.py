@@ -90,9 +90,10 @@ def try_out(settings: Sandbox, chain: Toolchain) -> str:
     Raises:
         NoSandbox: the compiler is missing or does not work here, or an attack succeeded.
     """
-    tools, chosen = find(chain), choose(settings)
+    chosen = choose(settings)
+    tools = find(chain)
     told = f"{chain.language} is compiled by {tools.argv[0]}"
-    if not chosen.backend.sealed:
+    if not chosen.backend.isolates:
         return told
     maker = Pool(lambda: chosen.backend.compiling(tools), for_compiling(settings), 1)
     runner = Pool(lambda: chosen.backend, replace(settings, cpu_s=max(5, settings.cpu_s)), 1)

@@ -1,15 +1,15 @@
 """Inside a box: the driver that takes one job and runs it. It knows no expected answer.
 
-First the host's configuration is applied (``lockdown``), then the box reports that it is ready and
-waits; one job comes, the last rights go, and candidate code runs. Five kinds of jobs:
+First the host's configuration is applied, then the box reports that it is ready and waits; one job
+comes, the last rights go, and candidate code runs. What takes rights away is passed in (``process``
+does it in a process of the host; around a WASI guest it is done from outside). Kinds of jobs:
 
 - ``script``: the program runs as ``__main__`` with the pipes as its standard streams;
 - ``serve``: the program is loaded, then its functions are called one by one; every call carries a
   random id that its reply must carry too, and replies are plain data;
 - ``tests``: trusted test code runs here, and the candidate's functions are stand-ins that ask
   the host to call them in another box;
-- ``compile``: a compiler makes a file of the program, whose bytes are sent out;
-- ``native``: such bytes come in, and this process becomes that program.
+- those that need a process of the host: see ``process``.
 
 Nothing here is a verdict, and nothing that the candidate can reach here is worth reaching. This
 file is loaded inside the box and imports the standard library alone.
@@ -19,16 +19,13 @@ from __future__ import annotations
 
 import ast
 import builtins
-import ctypes
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, Final
 
-from gruppo.sandbox import lockdown
 from gruppo.sandbox.wire import decode, encode
 
 _TEXT: Final = 300
@@ -37,10 +34,18 @@ _TEXT: Final = 300
 class Channel:
     """JSON lines with the host: commands come in, replies go out."""
 
-    def __init__(self, commands: int, replies: int, pending: bytes) -> None:
+    def __init__(
+        self,
+        commands: int,
+        replies: int,
+        pending: bytes,
+        leave: Callable[[int], None] = os.close,
+    ) -> None:
+        """``leave`` gives up one of the two descriptors."""
         self._commands = commands
         self._replies = replies
         self._pending = pending
+        self._leave = leave
 
     def receive(self) -> dict[str, Any]:
         """The next command; ends the process where there is none."""
@@ -71,7 +76,7 @@ class Channel:
     def close(self) -> None:
         """A script has standard streams alone."""
         for descriptor in self.descriptors:
-            os.close(descriptor)
+            self._leave(descriptor)
 
     @property
     def descriptors(self) -> tuple[int, int]:
@@ -79,14 +84,23 @@ class Channel:
         return self._commands, self._replies
 
 
-def main(commands: int, replies: int, pending: bytes) -> None:
-    """Apply the configuration, say so, take the job and run it."""
-    channel = Channel(commands, replies, pending)
+def work(
+    channel: Channel,
+    drop: Callable[[dict[str, Any]], None],
+    seal: Callable[[dict[str, Any]], None],
+    prepare: Callable[[Channel, dict[str, Any]], Callable[[], None]],
+) -> None:
+    """Apply the configuration, say so, take the job and run it.
+
+    Args:
+        channel: with the host.
+        drop: takes away what the configuration says.
+        seal: takes away the rest, as the job says.
+        prepare: of a job what runs it, called after ``seal``.
+    """
     config = channel.receive()
     try:
-        if config["path"] is not None:
-            _reopen(config["path"])
-        lockdown.drop(config)
+        drop(config)
     except Exception as error:
         channel.send({"failed": f"{type(error).__name__}: {error}"[:_TEXT]})
         os._exit(1)
@@ -94,21 +108,15 @@ def main(commands: int, replies: int, pending: bytes) -> None:
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
     channel.send({"ready": os.getpid()})
     job = channel.receive()
-    become = _prepared(channel, job) if job["mode"] == "native" else None
-    lockdown.seal(bytes.fromhex(job["filter"]), job["cpu_s"], job["file_limit"])
+    run = prepare(channel, job)
+    seal(job)
     channel.send({"sealed": True})
-    if become is not None:
-        become()
-    _MODES[job["mode"]](channel, job)
+    run()
 
 
-def _reopen(prefix: str) -> None:
-    """Reach modules by way of an open folder: the new user may not be able to walk to it."""
-    folder = f"/proc/self/fd/{os.open(prefix, os.O_PATH)}"
-    packages = [module.__dict__.get("__path__") for module in list(sys.modules.values())]
-    for paths in (sys.path, *packages):
-        if isinstance(paths, list):
-            paths[:] = [folder + p[len(prefix) :] if p.startswith(prefix) else p for p in paths]
+def prepared(channel: Channel, job: dict[str, Any]) -> Callable[[], None]:
+    """What runs a job of Python code."""
+    return lambda: _MODES[job["mode"]](channel, job)
 
 
 def _script(channel: Channel, job: dict[str, Any]) -> None:
@@ -229,65 +237,4 @@ def _made(kind: type[Exception], text: str) -> Exception:
         return RuntimeError(text)
 
 
-def _compile(channel: Channel, job: dict[str, Any]) -> None:
-    """Run the compiler in the box's folder; its messages go to the error stream."""
-    os.chdir(job["folder"])
-    with open(job["file"], "wb") as file:
-        file.write(job["source"].encode(errors="surrogatepass"))
-    closed = [(os.POSIX_SPAWN_CLOSE, descriptor) for descriptor in channel.descriptors]
-    environment = {"PATH": job["search"], "TMPDIR": job["folder"], "LC_ALL": "C"}
-    actions = [*closed, (os.POSIX_SPAWN_DUP2, 2, 1)]
-    pid = os.posix_spawn(job["argv"][0], job["argv"], environment, file_actions=actions)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    told = {"code": code, "seconds": used.ru_utime + used.ru_stime}
-    if code != 0:
-        channel.send({**told, "size": 0})
-        return
-    with open("program", "rb") as file:
-        data = file.read()
-    channel.send({**told, "size": len(data)}, data)
-
-
-def _prepared(channel: Channel, job: dict[str, Any]) -> Callable[[], None]:
-    """Take in a program, and return what makes this process that program.
-
-    Its argument list is put where the host says: the filter allows no other to be used.
-    """
-    program = _executable_memory()
-    for piece in channel.take(job["size"]):
-        view = memoryview(piece)
-        while view:
-            view = view[os.write(program, view) :]
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    page, flags = job["place"] & ~4095, 0x100022  # MAP_FIXED_NOREPLACE, ANONYMOUS, PRIVATE
-    if libc.mmap(ctypes.c_void_p(page), ctypes.c_size_t(4096), 3, flags, -1, 0) != page:
-        raise OSError(ctypes.get_errno(), "no memory at the address drawn")
-    name = ctypes.create_string_buffer(b"main")
-    arguments = (ctypes.c_char_p * 2).from_address(job["place"])
-    arguments[0] = ctypes.cast(name, ctypes.c_char_p)
-    nothing = (ctypes.c_char_p * 1)(None)
-    number, file, flag = map(ctypes.c_long, (_EXECVEAT[os.uname().machine], program, _EMPTY_PATH))
-
-    def become() -> None:
-        channel.close()
-        libc.syscall(number, file, ctypes.c_char_p(b""), arguments, nothing, flag)
-        os.write(2, f"not executed: {os.strerror(ctypes.get_errno())}".encode())
-        os._exit(126)
-
-    return become
-
-
-def _executable_memory() -> int:
-    """A file in memory; newer kernels want to be told that it is to be executed."""
-    try:
-        return os.memfd_create("program", os.MFD_CLOEXEC | _MFD_EXEC)
-    except OSError:
-        return os.memfd_create("program", os.MFD_CLOEXEC)
-
-
-_MFD_EXEC: Final = 0x10
-_EXECVEAT: Final = {"x86_64": 322, "aarch64": 281}
-_EMPTY_PATH: Final = 0x1000  # AT_EMPTY_PATH: the file is the open one
-_MODES: Final = {"script": _script, "serve": _serve, "tests": _tests, "compile": _compile}
+_MODES: Final = {"script": _script, "serve": _serve, "tests": _tests}

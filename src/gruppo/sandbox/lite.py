@@ -14,6 +14,7 @@ from functools import cache
 
 from gruppo.sandbox.base import Launch, NoSandbox, Sandbox, Tools, config_of
 from gruppo.sandbox.python import Library, library
+from gruppo.wheel import Report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,11 @@ class Lite:
 
     kind: str = "lite"
     sealed: bool = True
+    isolates: bool = True
     tools: Tools | None = None
+
+    def prepare(self, settings: Sandbox, report: Report) -> None:
+        """Nothing has to be made first."""
 
     def compiling(self, tools: Tools) -> Lite:
         """With the compiler's files, and a folder of the host that is removed afterwards."""
@@ -75,7 +80,11 @@ class Unboxed:
 
     kind: str = "unsafe-none"
     sealed: bool = False
+    isolates: bool = False
     tools: Tools | None = None
+
+    def prepare(self, settings: Sandbox, report: Report) -> None:
+        """Nothing has to be made first."""
 
     def compiling(self, tools: Tools) -> Unboxed:
         """The compiler needs no more than a folder here."""
