@@ -92,12 +92,13 @@ def unwrapped() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = error.__cause__
-        while cause is not None and not isinstance(cause, Interrupted):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from None
+        found, seen = error.__cause__, {id(error)}
+        while found is not None and id(found) not in seen:
+            if isinstance(found, Interrupted):
+                raise found from None
+            seen.add(id(found))
+            found = found.__cause__
+        raise
 
 
 @contextmanager

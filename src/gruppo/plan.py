@@ -156,7 +156,7 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
         packed=packed,
         kept=_kept(model.device, cache + packed),
         drawing=_rows(recipe) * found.vocabulary * _copies(model.device),
-        optimizer=4 * min(found.largest, 4 * SLICE),
+        optimizer=4 * min(found.largest, (4 if model.device == "cpu" else 256) * SLICE),
         judges=judges,
         judging=judging,
     )
@@ -224,6 +224,7 @@ def _head(found: Footprint, positions: int, *, cpu: bool) -> int:
     kept = kept_positions(positions, _CHUNK, found.logits)
     # elsewhere than on a CPU the softmax is a tensor beside the logits
     made = (kept < positions) + (not cpu)
+    # with several ranks on a CPU it is a float32 matrix, made whole
     product = found.head * found.logits // found.vocabulary
     return (kept + made * _CHUNK) * found.logits + product * (found.trainable >= found.head)
 

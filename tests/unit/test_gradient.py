@@ -1,5 +1,7 @@
 """Weights' copies are kept as long as they hold; gradients are added in place, and are the same."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,13 @@ from gruppo.model.casts import Casts
 from gruppo.model.gradient import give, give_rows, summing
 from gruppo.policy import Optim, Policy
 from support.engines import TINY
+
+
+def llama(**config: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **config}))
+    assert adopt(model)
+    return model
 
 
 def test_a_copy_is_made_once_and_anew_after_a_change():
@@ -66,18 +75,13 @@ def test_a_weight_with_a_hook_is_left_to_autograd():
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_a_policy_sums_up_what_autograd_would(monkeypatch, compute):
-    """Three passes, added in place and by autograd: the same but for the order of the sums.
-
-    The prompt holds the padding token, whose embedding is not trained.
-    """
+    """Three passes, added in place and by autograd: the same but for the order of the sums."""
     grads = []
     for ranks in (1, 2):  # in company, wrappers wait for autograd's own accumulation
         monkeypatch.setattr(dist, "world_size", lambda ranks=ranks: ranks)
-        torch.manual_seed(0)
-        config = LlamaConfig(**{**TINY, "tie_word_embeddings": True, "pad_token_id": 6})
-        model = LlamaForCausalLM(config)
-        assert adopt(model)
-        policy = Policy(model, optim=Optim(), total_updates=1, compute_dtype=compute)
+        policy = Policy(
+            llama(tie_word_embeddings=True), optim=Optim(), total_updates=1, compute_dtype=compute
+        )
         for number in range(3):
             tokens = (torch.arange(8).view(2, 4) * (number + 3)) % 60
             scored = policy.logp([(5, 6, 7)] * 2, tokens, torch.tensor([4, 3]))
@@ -87,3 +91,38 @@ def test_a_policy_sums_up_what_autograd_would(monkeypatch, compute):
     for name, grad in grads[0].items():
         other = grads[1][name]
         assert (grad - other).abs().max() <= 2e-6 * other.abs().max() + 1e-7, name
+
+
+def trained(policy: Policy) -> dict[str, torch.Tensor | None]:
+    """Gradients of two completions of the prompt 5 6 7."""
+    tokens = torch.tensor([[9, 8, 11, 3], [12, 9, 4, 4]])
+    policy.backward(policy.logp([(5, 6, 7)] * 2, tokens, torch.tensor([4, 3])).logp.sum())
+    return {name: p.grad for name, p in policy.model.named_parameters()}
+
+
+def test_the_padding_token_s_embedding_is_not_trained():
+    """It stands in the prompt; 5 beside it is trained."""
+    model = llama(tie_word_embeddings=False, pad_token_id=6)
+    grad = trained(Policy(model, optim=Optim(), total_updates=1))["model.embed_tokens.weight"]
+    assert grad is not None
+    assert grad[5].norm() > 1e-4
+    assert not grad[6].any()
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_weights_saved_elsewhere_get_their_gradient(compute):
+    """``save_on_cpu`` gives the backward pass other tensors than the weights."""
+    grads = []
+    for saving in (nullcontext(), torch.autograd.graph.save_on_cpu()):
+        policy = Policy(llama(), optim=Optim(), total_updates=1, compute_dtype=compute)
+        with saving:
+            grads.append(trained(policy))
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
+def test_a_weight_that_lies_otherwise_is_left_to_autograd():
+    weight = nn.Parameter(torch.zeros(3, 2).t())
+    with summing():
+        assert give(weight, torch.ones(2, 3)) is not None
+    assert weight.grad is None

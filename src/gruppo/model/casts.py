@@ -1,7 +1,8 @@
 """Copies of weights as products take them: joined, in the products' type, kept from pass to pass.
 
 An optimizer step has several passes over the same weights. Their copies are alive at the peak of
-each of these anyway, so keeping them in between costs no memory and saves making them anew.
+each that is followed by a backward pass anyway, so keeping them in between costs no memory and
+saves making them anew.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ class Casts:
         self._made: dict[tuple[int, ...], tuple[list[Tensor], list[int], Tensor]] = {}
 
     def of(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "O I"]:
-        """``weights`` below each other in ``dtype``; made anew if one was changed in place."""
-        key, versions = tuple(map(id, weights)), [weight._version for weight in weights]
+        """``weights`` below each other in ``dtype``; a single one of that type is itself given.
+
+        Made anew if one was changed in place, or has other memory. Changes within the memory of
+        ``weight.data`` are not seen: ``clear`` after these.
+        """
+        key = tuple(map(id, weights))
+        versions = [mark for weight in weights for mark in (weight._version, weight.data_ptr())]
         _, known, matrix = self._made.get(key, (None, None, None))
         if matrix is None or known != versions or matrix.dtype != dtype:
             matrix = joined(weights, dtype)

@@ -93,6 +93,7 @@ class FusedHead(torch.autograd.Function):
                 del z  # before the next chunk's are made
         ctx.save_for_backward(hidden, weight, bias, tokens, lse, spread)
         ctx.product, ctx.options, ctx.kept = product, options, kept
+        ctx.weight = weight  # itself: what is saved may come back as another tensor
         ctx.products = current_products()
         return logp, spread
 
@@ -101,7 +102,8 @@ class FusedHead(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         """Gradients of hidden states, weight and bias."""
         grad_logp, grad_entropy = grad_outputs
-        hidden, weight, bias, tokens, lse, spread = ctx.saved_tensors
+        hidden, _, bias, tokens, lse, spread = ctx.saved_tensors
+        weight = ctx.weight
         options: HeadOptions = ctx.options
         grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp.contiguous()
         used = None if grad_entropy is None or not options.entropy else grad_entropy.contiguous()

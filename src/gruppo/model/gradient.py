@@ -35,9 +35,12 @@ def summing() -> Iterator[None]:
 
 def sums_up(weight: Tensor) -> bool:
     """Whether :func:`give` adds to this weight's ``grad`` now."""
-    plain = weight.is_leaf and not weight._backward_hooks
-    plain = plain and not getattr(weight, "_post_accumulate_grad_hooks", None)
-    return plain and weight.requires_grad and _SUMMING.get()
+    if not (_SUMMING.get() and weight.is_leaf and weight.requires_grad):
+        return False
+    # a gradient lies as its weight does
+    return weight.is_contiguous() and not (
+        weight._backward_hooks or weight._post_accumulate_grad_hooks
+    )
 
 
 def give(weight: Tensor, grad: Tensor) -> Tensor | None:

@@ -160,8 +160,9 @@ void add(int64_t count, float* total, const T* part) {
 
 // All tensors are contiguous. hidden, sum, x, carry and total [N, E] float; update, out, grad,
 // total_narrow and again [N, E]; scale [N]; weight and weight_grad [E]. gate_up and gradient
-// [N, 2 I]. total and part of `add` [count]. packed [N, K (R + 2) D]; query [K, N, R, D]; key and value [K, N, D]; cosine and sine
+// [N, 2 I]. packed [N, K (R + 2) D]; query [K, N, R, D]; key and value [K, N, D]; cosine and sine
 // [N, D].
+// total and part of `add` [count].
 #define TRAINING(NAME, T)                                                                         \
   extern "C" void norm_forward_##NAME(int64_t rows, int64_t width, float epsilon,                 \
                                       const float* hidden, const T* update, const float* weight,  \

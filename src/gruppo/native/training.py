@@ -133,7 +133,8 @@ def join_heads(
 def can_add(total: Tensor, part: Tensor) -> bool:
     """Whether ``add_`` takes these two."""
     return (
-        total.device.type == part.device.type == "cpu"
+        type(total) is type(part) is Tensor  # of others' memory nothing is known
+        and total.device.type == part.device.type == "cpu"
         and total.dtype == torch.float32
         and part.dtype in TYPES
         and total.shape == part.shape

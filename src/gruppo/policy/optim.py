@@ -7,7 +7,7 @@ to do with a gradient that is not finite, is the policy's business.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 SLICE: Final = 2**20
-"""Numbers of a weight that are looked at together: 4 MiB, what a processor's cache holds."""
+"""Numbers of a weight that are looked at together on a CPU: 4 MiB, what its cache holds."""
 Schedule = Literal["constant", "linear", "cosine"]
 
 # Share of the way from the floor to the base rate, by progress in [0, 1] after the warm-up.
@@ -138,28 +138,31 @@ def update_ratio(adamw: torch.optim.AdamW) -> float:
         for p in group["params"]:
             state = adamw.state.get(p)
             if state and p.grad is not None:
-                moved += sum(_squares(*part, group, state) for part in _slices(p, state))
+                moved += _squares(p, state, group)
             size += float(torch.linalg.vector_norm(p)) ** 2
     return math.sqrt(moved / size) if size else 0.0
 
 
-def _slices(p: Tensor, state: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """A weight and its moments, some numbers at a time: what is made of them stays small."""
-    flat = (p, state["exp_avg"], state["exp_avg_sq"])
-    parts = (tensor.reshape(-1).split(SLICE) for tensor in flat)
-    yield from zip(*parts, strict=True)  # pyrefly: ignore[invalid-yield]
+def _squares(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> float:
+    """Sum of squares of AdamW's last change of ``p``."""
+    step = float(state["step"])
+    whole = (p, state["exp_avg"], state["exp_avg_sq"])
+    # a device of its own has room, and dislikes small pieces
+    size = SLICE if p.device.type == "cpu" else 64 * SLICE
+    parts = zip(*(tensor.reshape(-1).split(size) for tensor in whole), strict=True)
+    sums = [_delta(*part, step, group).square_().sum(dtype=torch.float64) for part in parts]
+    return float(torch.stack(sums).sum()) if sums else 0.0
 
 
-def _squares(
-    p: Tensor, mean: Tensor, square: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> float:
-    """Sum of squares of AdamW's last change lr (m^ / (sqrt(v^) + eps) + decay * p before)."""
+def _delta(
+    p: Tensor, mean: Tensor, square: Tensor, step: float, group: Mapping[str, Any]
+) -> Tensor:
+    """AdamW's last change up to sign: lr (m^ / (sqrt(v^) + eps) + decay * p before)."""
     lr, decay, eps = group["lr"], group["weight_decay"], group["eps"]
     beta1, beta2 = group["betas"]
-    count = float(state["step"])
-    spread = square.div(1 - beta2**count).sqrt_().add_(eps)
-    moved = mean.div(1 - beta1**count).div_(spread).mul_(lr)
+    spread = square.div(1 - beta2**step).sqrt_().add_(eps)
+    moved = mean.div(1 - beta1**step).div_(spread).mul_(lr)
     if decay:
         before = (p + moved) / (1 - lr * decay)
         moved.add_(before, alpha=lr * decay)
-    return float(moved.square_().sum(dtype=torch.float64))
+    return moved

@@ -307,6 +307,8 @@ class Policy:
         entropy: bool,
     ) -> Scored:
         kind = self.device.type
+        # without a gradient a layer's copies are let go with the layer
+        keeps = model is self.model and torch.is_grad_enabled()
         half = torch.autocast(kind, dtype=torch.bfloat16, enabled=self._autocast)
         with half, multiplying(self._products):
             return completion_logp(
@@ -318,7 +320,7 @@ class Policy:
                 entropy=entropy,
                 packed=self.packed,
                 fused=self._fused,
-                casts=self._casts if model is self.model else None,
+                casts=self._casts if keeps else None,
             )
 
 

@@ -85,8 +85,9 @@ def _become(channel: Channel, job: dict[str, Any]) -> Callable[[], None]:
             view = view[os.write(program, view) :]
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    page, flags = job["place"] & ~4095, 0x100022  # MAP_FIXED_NOREPLACE, ANONYMOUS, PRIVATE
-    if libc.mmap(ctypes.c_void_p(page), ctypes.c_size_t(4096), 3, flags, -1, 0) != page:
+    size = os.sysconf("SC_PAGE_SIZE")  # 16 and 64 KiB on some ARM64 kernels
+    page, flags = job["place"] // size * size, 0x100022  # MAP_FIXED_NOREPLACE, ANONYMOUS, PRIVATE
+    if libc.mmap(ctypes.c_void_p(page), ctypes.c_size_t(size), 3, flags, -1, 0) != page:
         raise OSError(ctypes.get_errno(), "no memory at the address drawn")
     name = ctypes.create_string_buffer(b"main")
     arguments = (ctypes.c_char_p * 2).from_address(job["place"])
