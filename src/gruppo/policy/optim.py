@@ -149,8 +149,11 @@ def _squares(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -
     whole = (p, state["exp_avg"], state["exp_avg_sq"])
     # a device of its own has room, and dislikes small pieces
     size = SLICE if p.device.type == "cpu" else 64 * SLICE
-    parts = zip(*(tensor.reshape(-1).split(size) for tensor in whole), strict=True)
-    sums = [_delta(*part, step, group).square_().sum(dtype=torch.float64) for part in parts]
+    weights, means, squares = (tensor.reshape(-1).split(size) for tensor in whole)
+    sums = [
+        _delta(*part, step, group).square_().sum(dtype=torch.float64)
+        for part in zip(weights, means, squares, strict=True)
+    ]
     return float(torch.stack(sums).sum()) if sums else 0.0
 
 
