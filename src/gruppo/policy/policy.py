@@ -200,8 +200,7 @@ class Policy:
             self._adamw.step()
             ratio = update_ratio(self._adamw)
             self.version += 1
-        self._adamw.zero_grad(set_to_none=True)
-        self.model.eval()
+        self.discard_gradient()
         return UpdateReport(grad_norm=float(norm), lr=lr, update_ratio=ratio, skipped=skipped)
 
     def discard_gradient(self) -> None:
@@ -224,11 +223,7 @@ class Policy:
             raise ValueError(f"mixup = {mixup} must lie in (0, 1]; 1 copies the policy")
         if self._copy is None:
             raise ValueError(f"reference = {self._kind!r} cannot be moved; use reference = 'copy'")
-        pairs = zip(self._copy.parameters(), self.model.parameters(), strict=True)
-        for held, live in pairs:
-            # a bfloat16 reference would lose small moves if they were summed in bfloat16
-            wide = torch.promote_types(held.dtype, live.dtype)
-            held.copy_(torch.lerp(held.to(wide), live.to(wide), mixup))
+        _blend(self._copy, self.model, mixup)
         self.reference_updates += 1
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -306,10 +301,9 @@ class Policy:
         *,
         entropy: bool,
     ) -> Scored:
-        kind = self.device.type
         # without a gradient a layer's copies are let go with the layer
         keeps = model is self.model and torch.is_grad_enabled()
-        half = torch.autocast(kind, dtype=torch.bfloat16, enabled=self._autocast)
+        half = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._autocast)
         with half, multiplying(self._products):
             return completion_logp(
                 model,
@@ -342,6 +336,13 @@ def _frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if is_autocast(dtype):
         cast_frozen(frozen, dtype)
     return frozen
+
+
+def _blend(reference: nn.Module, policy: nn.Module, mixup: float) -> None:
+    for held, live in zip(reference.parameters(), policy.parameters(), strict=True):
+        # a bfloat16 reference would lose small moves if they were summed in bfloat16
+        wide = torch.promote_types(held.dtype, live.dtype)
+        held.copy_(torch.lerp(held.to(wide), live.to(wide), mixup))
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -138,8 +138,7 @@ class Box:
         """Become a compiled program, to its end."""
         # behind the first 4 GiB, where programs lie that are linked to fixed addresses
         place = ((1 << 32) + secrets.randbelow(_free_addresses())) & ~15
-        order = {"mode": "native", "size": len(program.data), "place": place}
-        self._begin(order, program.data)
+        self._begin({"mode": "native", "size": len(program.data), "place": place}, program.data)
         self._pipes.write("stdin", stdin)
         return self._until(lambda: False)
 
@@ -222,7 +221,7 @@ class Box:
         """Send the job; once the box says "sealed", whatever happens is the program's doing."""
         ident = secrets.token_hex(16)
         settings = self._settings
-        program = self._filter(job) if self._sealed else b""
+        program = _filter(settings, job, self._number) if self._sealed else b""
         limits = {"cpu_s": settings.cpu_s, "file_limit": settings.file_mib << 20}
         order = {**job, **limits, "id": ident, "filter": program.hex()}
         self._deadline = time.monotonic() + settings.wall
@@ -234,17 +233,6 @@ class Box:
         said = self._complaint()
         self.close()
         raise SandboxFailure(f"the box did not seal itself: {said}")
-
-    def _filter(self, job: dict[str, Any]) -> bytes:
-        if job["mode"] == "compile":
-            return seccomp.build()
-        settings = self._settings
-        return seccomp.strict(
-            pid=self._number,
-            threads=settings.processes > 1,
-            files=settings.tmp_mib > 0,
-            argv=job.get("place", 0),
-        )
 
     def _returned(self, ident: str) -> Outcome | Returned:
         """The reply to the request ``ident``; any other line ends the box."""
@@ -311,6 +299,18 @@ class Box:
             text=text,
         )
         return self._ended
+
+
+def _filter(settings: Sandbox, job: dict[str, Any], pid: int) -> bytes:
+    """The system calls that a job is left with, in the process that is ``pid`` in its box."""
+    if job["mode"] == "compile":
+        return seccomp.build()
+    return seccomp.strict(
+        pid=pid,
+        threads=settings.processes > 1,
+        files=settings.tmp_mib > 0,
+        argv=job.get("place", 0),
+    )
 
 
 @cache
