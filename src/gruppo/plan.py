@@ -137,6 +137,7 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
         compute=compute,
         gradient_checkpointing=model.gradient_checkpointing,
         thrift=model.device == "cpu",
+        products="torch" if model.products == "auto" else model.products,
     )
     needs_reference = recipe.objective.build(max_tokens=rollout.max_tokens).needs_reference
     copied = needs_reference and (model.lora is None or recipe.train.reference_sync_steps > 0)
@@ -150,7 +151,7 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
         gradients=found.trainable,
         moments=2 * found.trainable,
         reference=found.weights if copied else 0,
-        activations=found.saved,
+        activations=found.saved + found.copies,
         head=_head(found, sum(groups) * rollout.max_tokens, cpu=model.device == "cpu"),
         cache=cache,
         packed=packed,

@@ -56,7 +56,7 @@ def gap(mine: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 @needs_kernels
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # qwen2 has biases
-@pytest.mark.parametrize("products", ["torch", "onednn"])
+@pytest.mark.parametrize("products", ["torch", "onednn", "native"])
 def test_values_and_gradients(name, products):
     model = build(name)
     assert can_pack(model)
@@ -66,10 +66,15 @@ def test_values_and_gradients(name, products):
 
 
 @needs_kernels
-def test_bfloat16_is_as_far_from_float32_as_autocast_is():
+@pytest.mark.parametrize("products", ["torch", "native"])
+def test_bfloat16_is_as_far_from_float32_as_autocast_is(products):
+    if products == "native" and not native.can_multiply(torch.bfloat16):
+        pytest.skip("no native bfloat16 products here")
     model = build("llama")
     exact = outcome(model, fused=False)
-    ours, theirs = (gap(outcome(model, fused=fused, half=True), exact) for fused in (True, False))
+    with multiplying(products):
+        ours = gap(outcome(model, fused=True, half=True), exact)
+    theirs = gap(outcome(model, fused=False, half=True), exact)
     assert theirs > 1e-3
     assert ours < 1.5 * theirs
 
@@ -180,7 +185,7 @@ def test_a_weight_changed_before_the_backward_pass_is_noticed(fused):
 
 @needs_kernels
 def test_copies_of_matrices_go_with_their_layers_backward_pass():
-    """Nothing but the parameters' gradients is left of a pass whose loss is still there."""
+    """A layer keeps nine tensors and its nine parameters; then the parameters' gradients alone."""
     model = build("llama")
     scored = completion_logp(
         model, PROMPTS, torch.randint(0, 60, (7, 6)), LENGTHS, packed=True, fused=True
@@ -189,7 +194,8 @@ def test_copies_of_matrices_go_with_their_layers_backward_pass():
     while node is not None and node.name() != "_LayerBackward":
         node = next((n for n, _ in node.next_functions if n is not None), None)
     assert node is not None
-    assert len(node.saved_tensors) == 15
+    assert len(node.saved_tensors) == 9 + 9
+    assert all(one is two for one, two in zip(node.saved_tensors[9:], node.parameters, strict=True))
     scored.logp.sum().backward()
     with pytest.raises(RuntimeError, match="have already been freed"):
         _ = node.saved_tensors

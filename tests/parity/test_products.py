@@ -1,4 +1,4 @@
-"""Products by oneDNN equal torch's: values, gradients, and where torch's are left alone."""
+"""Products by other libraries equal torch's: values, gradients, and what is left to torch."""
 
 import pytest
 import torch
@@ -15,19 +15,31 @@ TOKENS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 0], [1, 2, 0, 0]])
 LENGTH = torch.tensor([4, 3, 2])
 
 
+OTHERS = ["onednn", "native"]
+
+
 @pytest.fixture
 def made(monkeypatch):
-    """Shapes of the products that oneDNN makes."""
+    """Shapes of the products that oneDNN and the own kernels make."""
     shapes = []
-    assert products._is_there()
-    multiply = products._multiply
 
-    def spy(left, right, bias=None):
-        shapes.append((*left.shape, right.shape[0]))
-        return multiply(left, right, bias)
+    def spied(multiply):
+        def spy(left, right, *rest, **options):
+            inner = right.shape[0] if isinstance(right, torch.Tensor) else right.columns
+            shapes.append((*left.shape, inner))
+            return multiply(left, right, *rest, **options)
 
-    monkeypatch.setattr(products, "_multiply", spy)
+        return spy
+
+    assert products._can("onednn", torch.float32)
+    monkeypatch.setitem(products._MULTIPLY, "onednn", spied(products._onednn))
+    monkeypatch.setattr(native, "multiply", spied(native.multiply))
     return shapes
+
+
+def needs(library):
+    if not products._can(library, torch.float32):
+        pytest.skip(f"no {library} products here")
 
 
 def loss_and_gradients(folder, library, *, lora=None):
@@ -42,10 +54,12 @@ def loss_and_gradients(folder, library, *, lora=None):
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_training_gives_the_same_gradient(tiny_folder, made):
+@pytest.mark.parametrize("library", OTHERS)
+def test_training_gives_the_same_gradient(tiny_folder, made, library):
+    needs(library)
     value, gradients = loss_and_gradients(tiny_folder, "torch")
     assert made == []
-    ours, found = loss_and_gradients(tiny_folder, "onednn")
+    ours, found = loss_and_gradients(tiny_folder, library)
     assert ours == pytest.approx(value, rel=1e-6)
     assert gradients.keys() == found.keys()
     for name, expected in gradients.items():
@@ -53,32 +67,37 @@ def test_training_gives_the_same_gradient(tiny_folder, made):
     # of each layer's matrices the output and two gradients, the input's and the weight's; those
     # that read the same rows are joint where there are kernels
     matrices = 4 if native.kernels() is not None else 7
-    assert len([shape for shape in made if 258 not in shape]) == 3 * matrices * 2
+    per_layer = 3 * matrices if library == "onednn" else 2 * matrices + 7  # a gradient a weight
+    assert len([shape for shape in made if 258 not in shape]) == per_layer * 2
     of_head = sorted({shape for shape in made if 258 in shape})
     assert of_head == [(9, 32, 258), (9, 258, 32), (258, 9, 32)]
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("library", OTHERS)
 @pytest.mark.parametrize("targets", [("all-linear",), ("lm_head", "q_proj")])
-def test_an_adapter_too(tiny_folder, made, targets):
+def test_an_adapter_too(tiny_folder, made, targets, library):
     """One on the head as well, which is made again in the backward pass."""
     pytest.importorskip("peft")
+    needs(library)
     lora = Lora(rank=2, alpha=4, targets=targets)
     value, gradients = loss_and_gradients(tiny_folder, "torch", lora=lora)
-    ours, found = loss_and_gradients(tiny_folder, "onednn", lora=lora)
+    ours, found = loss_and_gradients(tiny_folder, library, lora=lora)
     assert ours == pytest.approx(value, rel=1e-6)
     for name, expected in gradients.items():
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
     assert len(made) > len(gradients)
 
 
-def test_a_layer_of_three_dimensions_with_bias(made):
+@pytest.mark.parametrize("library", OTHERS)
+def test_a_layer_of_three_dimensions_with_bias(made, library):
+    needs(library)
     torch.manual_seed(1)
     layer = nn.Linear(5, 3)
     rows = torch.randn(2, 4, 5, requires_grad=True)
     weight = torch.randn(2, 4, 3)
     expected = torch.autograd.grad((layer(rows) * weight).sum(), [rows, *layer.parameters()])
-    with multiplying("onednn"):
+    with multiplying(library):
         out = layer(rows)
         found = torch.autograd.grad((out * weight).sum(), [rows, *layer.parameters()])
     torch.testing.assert_close(out, layer(rows), rtol=1e-6, atol=1e-6)
@@ -87,19 +106,21 @@ def test_a_layer_of_three_dimensions_with_bias(made):
     assert made == [(8, 5, 3), (8, 3, 5), (3, 8, 5)]
 
 
-def test_a_single_row_of_one_dimension_is_torchs(made):
+@pytest.mark.parametrize("library", OTHERS)
+def test_a_single_row_of_one_dimension_is_torchs(made, library):
     layer = nn.Linear(5, 3)
-    with multiplying("onednn"):
+    with multiplying(library):
         assert torch.equal(layer(torch.ones(5)), layer(torch.ones(5)))
     assert made == []
 
 
+@pytest.mark.parametrize("library", OTHERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_types_are_left_alone(made, dtype):
+def test_other_types_are_left_alone(made, dtype, library):
     layer = nn.Linear(5, 3, dtype=dtype)
     rows = torch.ones(2, 5, dtype=dtype)
     plain = layer(rows)
-    with multiplying("onednn"):
+    with multiplying(library):
         assert torch.equal(layer(rows), plain)
         with torch.autocast("cpu", torch.bfloat16):
             assert nn.Linear(5, 3)(torch.ones(2, 5)).dtype == torch.bfloat16
@@ -109,9 +130,20 @@ def test_other_types_are_left_alone(made, dtype):
     assert made == []
 
 
-@pytest.mark.parametrize(("seconds", "chosen"), [((9, 6), "onednn"), ((9, 8.4), "torch")])
-def test_the_faster_library_is_chosen(monkeypatch, tmp_path, seconds, chosen):
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ((9, 6), "onednn"),
+        ((9, 8.4), "torch"),  # less than 15 %
+        ((9, 8.4, 8.9), "native"),
+        ((9, 6, 8), "onednn"),
+        ((9, 9.9, 9.1), "torch"),
+    ],
+)
+def test_the_fastest_library_is_chosen(monkeypatch, tmp_path, seconds, chosen):
     monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path))
+    there = ("torch", "onednn", "native")[: len(seconds)]
+    monkeypatch.setattr(products, "_can", lambda kind, dtype: kind in there)
     monkeypatch.setattr(products, "fastest", lambda works, repeats: list(seconds))
     products._measured.cache_clear()
     try:
@@ -124,11 +156,26 @@ def test_the_faster_library_is_chosen(monkeypatch, tmp_path, seconds, chosen):
         products._measured.cache_clear()
 
 
-def test_not_with_checkpointing(tiny_folder):
-    with pytest.raises(ValueError, match='products = "onednn" with gradient_checkpointing = true'):
-        ModelSection(name="x", products="onednn", gradient_checkpointing=True)
+def test_every_library_is_really_timed(monkeypatch, tmp_path):
+    """With the shapes that training has; the answer is one of those that are there."""
+    monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path))
+    products._measured.cache_clear()
+    try:
+        for compute in (torch.float32, torch.bfloat16):
+            there = {"torch", *(kind for kind in OTHERS if products._can(kind, compute))}
+            assert faster_products("cpu", compute) in there
+    finally:
+        products._measured.cache_clear()
+
+
+@pytest.mark.parametrize("library", OTHERS)
+def test_not_with_checkpointing(tiny_folder, library):
+    with pytest.raises(
+        ValueError, match=f'products = "{library}" with gradient_checkpointing = true'
+    ):
+        ModelSection(name="x", products=library, gradient_checkpointing=True)
     model = load(str(tiny_folder), gradient_checkpointing=True).model
-    with pytest.raises(ValueError, match="products = 'onednn' with a model of gradient"):
-        Policy(model, optim=Optim(), total_updates=1, products="onednn")
+    with pytest.raises(ValueError, match=f"products = '{library}' with a model of gradient"):
+        Policy(model, optim=Optim(), total_updates=1, products=library)
     section = ModelSection(name="x", device="cpu", compute="float32", gradient_checkpointing=True)
     assert pin(section).products == "torch"

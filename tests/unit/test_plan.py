@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from gruppo import native, plan
 from gruppo.engine import LocalEngine
-from gruppo.model import Lora, attach, fused, load
+from gruppo.model import Casts, Lora, attach, fused, load
 from gruppo.model.decoder_pass import decoder_states, find_pass
 from gruppo.model.footprint import Shape, footprint
 from gruppo.model.logprob import packed_states
@@ -67,9 +67,17 @@ def test_a_pass_in_few_calls_keeps_what_is_counted(tiny_folder, dtype):
         return tensor
 
     mixed = dtype == torch.bfloat16
+    casts = Casts()
     with saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype, enabled=mixed):
-        decoder_states(decoder, shape.packed())
+        decoder_states(decoder, shape.packed(), casts)
     assert found.saved == pytest.approx(sum(kept.values()), rel=0.01)
+    # the joint matrices of two layers, 32 wide, and in bfloat16 all others and the head
+    copied = sum(matrix.nbytes for _, _, matrix in casts._made.values())
+    head = 258 * 32 * 2 if mixed else 0
+    assert found.copies == copied + head
+    alone = footprint(str(tiny_folder), shape, compute=dtype, products="native")
+    assert alone.copies == 258 * 32 * dtype.itemsize  # the head's panels: the largest
+    assert alone.saved == found.saved
 
 
 def test_checkpointing_keeps_less(tiny_folder):

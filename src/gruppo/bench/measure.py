@@ -97,6 +97,7 @@ class _Bench:
         loaded = load(work.model, device=self.device)
         self.loaded = loaded
         self.objective = _objective(work)
+        products = faster_products(self.device, dtype)
         self.policy = Policy(
             loaded.model,
             optim=Optim(),
@@ -104,7 +105,7 @@ class _Bench:
             compute_dtype=dtype,
             reference="copy" if work.beta else "none",
             packing=not work.plain,
-            products=faster_products(self.device, dtype),
+            products=products,
         )
         encoder = _encoder(loaded)
         self.engine = LocalEngine(
@@ -114,6 +115,7 @@ class _Bench:
             compute_dtype=dtype,
             max_rows=work.prompts * work.group,
             kind="plain" if work.plain else "shared",
+            products=products,
         )
         total = (work.steps + work.warmup) * work.prompts
         self.prompts = _prompts(work, loaded, encoder, total)

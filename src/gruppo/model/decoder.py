@@ -47,9 +47,14 @@ class Layer:
     gate_up: Group
     down: Group
 
+    @property
+    def joints(self) -> tuple[Group, Group, Group, Group]:
+        """The linear layers, by what they read."""
+        return self.query_key_value, self.out, self.gate_up, self.down
+
     def parameters(self) -> list[nn.Parameter]:
         """Weights and biases."""
-        linears = (*self.query_key_value, *self.out, *self.gate_up, *self.down)
+        linears = [layer for joint in self.joints for layer in joint]
         norms = (self.before_attention, self.before_mlp, *self.head_norms)
         return [
             *(norm.weight for norm in norms if norm is not None),

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gruppo import native
-from gruppo.model.casts import Casts, joined
+from gruppo.model.casts import Casts
 from gruppo.model.decoder import Decoder, Group, Layer, find_decoder
 from gruppo.model.gradient import give, give_rows
+from gruppo.model.joint import Joint, give_products
 from gruppo.model.packing import Packing
 from gruppo.model.parts import text_config
-from gruppo.model.products import current_products, multiplying
+from gruppo.model.products import Products, current_products, multiplying
 from gruppo.model.rectangle import ByProducts
 from gruppo.model.segments import Part, attend, attend_backward, cut
 
@@ -65,7 +66,7 @@ def find_pass(model: nn.Module, *, device: str = "cpu") -> Decoder | None:
 def _is_plain(layer: Layer) -> bool:
     """Whether types are as they must be, and every parameter is used once."""
     parameters = layer.parameters()
-    linears = (*layer.query_key_value, *layer.out, *layer.gate_up, *layer.down)
+    linears = [linear for joint in layer.joints for linear in joint]
     return (
         layer.head_norms == (None, None)
         and layer.scaling is not None
@@ -101,7 +102,7 @@ def decoder_states(
 
 
 def kept_bytes(decoder: Decoder, packing: Packing, *, dtype: torch.dtype, head_width: int) -> int:
-    """What a pass keeps for its backward pass; matrices are joint copies but where one is whole."""
+    """What a pass keeps for its backward pass, weights and their copies apart."""
     rows, total, width = len(packing.ids), 0, decoder.embedding.embedding_dim
     for layer in decoder.layers:
         inner = layer.down[0].in_features
@@ -110,10 +111,17 @@ def kept_bytes(decoder: Decoder, packing: Packing, *, dtype: torch.dtype, head_w
         # float32: the residual stream, a norm's factor, a log-sum-exp a head
         wide = width + 1 + mixed // head_width
         total += rows * (dtype.itemsize * (packed + mixed + width + 2 * inner) + 4 * wide)
-        for group in (layer.query_key_value, layer.out, layer.gate_up, layer.down):
-            if len(group) > 1 or group[0].weight.dtype != dtype:
-                total += dtype.itemsize * sum(module.weight.numel() for module in group)
     return total + len(packing.source) * 4 * (2 * width + 1)  # of the last norm
+
+
+def copied_bytes(decoder: Decoder, *, dtype: torch.dtype, products: Products) -> int:
+    """What products take up beside the weights: kept joint copies, or the largest one's panels."""
+    joints = [joint for layer in decoder.layers for joint in layer.joints] + [decoder.head]
+    sizes = [sum(module.weight.numel() for module in joint) * dtype.itemsize for joint in joints]
+    if products == "native":
+        return max(sizes)
+    whole = [len(joint) == 1 and joint[0].weight.dtype == dtype for joint in joints]
+    return sum(size for size, is_whole in zip(sizes, whole, strict=True) if not is_whole)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -146,19 +154,16 @@ class _Row:
 
 
 @dataclass(frozen=True, slots=True)
-class _Joint:
-    """Linear layers that read the same rows, as one matrix: where their parameters stand."""
+class _Linears:
+    """Linear layers that read the same rows: where their parameters stand."""
 
     weights: tuple[int, ...]
     biases: tuple[int | None, ...]
     sizes: tuple[int, ...]
 
-    def matrix(
-        self, parameters: Sequence[Tensor], dtype: torch.dtype, casts: Casts | None
-    ) -> Float[Tensor, "O I"]:
-        """The joint matrix in ``dtype``: a copy, unless it is one layer's as it is."""
-        weights = [parameters[at] for at in self.weights]
-        return joined(weights, dtype) if casts is None else casts.of(weights, dtype)
+    def joint(self, parameters: Sequence[Tensor], row: _Row) -> Joint:
+        """Their matrix."""
+        return Joint([parameters[at] for at in self.weights], row.dtype, row.casts)
 
     def bias(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "O"] | None:
         """The layers' biases side by side, 0 for a layer without one; None if none has one."""
@@ -177,15 +182,16 @@ class _Plan:
 
     epsilons: tuple[float, float]
     scaling: float
-    joints: tuple[_Joint, _Joint, _Joint, _Joint]
+    mixed: int  # width of all heads' results
+    linears: tuple[_Linears, ...]  # as Layer.joints has them
 
     @classmethod
     def of(cls, layer: Layer) -> _Plan:
         """For parameters in the order of ``Layer.parameters``."""
         place = {id(parameter): at for at, parameter in enumerate(layer.parameters())}
 
-        def joint(group: Group) -> _Joint:
-            return _Joint(
+        def linears(group: Group) -> _Linears:
+            return _Linears(
                 weights=tuple(place[id(module.weight)] for module in group),
                 biases=tuple(None if m.bias is None else place[id(m.bias)] for m in group),
                 sizes=tuple(module.out_features for module in group),
@@ -195,12 +201,8 @@ class _Plan:
         return cls(
             epsilons=(layer.before_attention.epsilon, layer.before_mlp.epsilon),
             scaling=layer.scaling,
-            joints=(
-                joint(layer.query_key_value),
-                joint(layer.out),
-                joint(layer.gate_up),
-                joint(layer.down),
-            ),
+            mixed=layer.out[0].in_features,
+            linears=tuple(linears(joint) for joint in layer.joints),
         )
 
 
@@ -209,53 +211,54 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, row: _Row, plan: _Plan, *parameters: Tensor) -> Tensor:
-        linear, dtype = nn.functional.linear, row.dtype
-        matrices = [joint.matrix(parameters, dtype, row.casts) for joint in plan.joints]
-        biases = [joint.bias(parameters, dtype) for joint in plan.joints]
+        dtype = row.dtype
+        joints = [linears.joint(parameters, row) for linears in plan.linears]
+        biases = [linears.bias(parameters, dtype) for linears in plan.linears]
         first, second = parameters[0].detach(), parameters[1].detach()
         _, normed, scale = native.norm_forward(
             hidden, None, weight=first, epsilon=plan.epsilons[0], dtype=dtype
         )
-        heads = _Heads.of(linear(normed, matrices[0], biases[0]), row, plan)
-        mixed = normed.new_empty(len(hidden), matrices[1].shape[1])
+        heads = _Heads.of(joints[0].forward(normed, biases[0]), row, plan)
+        mixed = normed.new_empty(len(hidden), plan.mixed)
         lse = attend(heads.way(plan), row.parts, heads.view(mixed))
-        update = linear(mixed, matrices[1], biases[1])
+        update = joints[1].forward(mixed, biases[1])
         between, normed, _ = native.norm_forward(
             hidden, update, weight=second, epsilon=plan.epsilons[1], dtype=dtype
         )
-        gates = linear(normed, matrices[2], biases[2])
-        # matrices too, so that autograd sees changes in place and frees copies layer by layer
+        gates = joints[2].forward(normed, biases[2])
+        # parameters too, so that autograd sees changes in place
         ctx.save_for_backward(
-            *(hidden, scale, heads.query, heads.key, heads.value, mixed, lse, update),
-            *(gates, first, second, *matrices),
+            *(hidden, scale, heads.query, heads.key, heads.value, mixed, lse, update, gates),
+            *parameters,
         )
         ctx.row, ctx.plan, ctx.products, ctx.parameters = row, plan, current_products(), parameters
-        return between + linear(native.swiglu(gates), matrices[3], biases[3])
+        return between + joints[3].forward(native.swiglu(gates), biases[3])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         hidden, scale, query, key, value, mixed, lse, update, *rest = ctx.saved_tensors
-        gates, first, second, *matrices = rest
+        gates, first, second, *_ = rest
         row, plan = ctx.row, ctx.plan
-        query_key_value, out, gate_up, down = plan.joints
         heads = _Heads(query, key, value)
         found = _Found(ctx.parameters, ctx.needs_input_grad[3:])
         carry = grad_outputs[0].contiguous()
         with torch.autocast("cpu", enabled=False), multiplying(ctx.products):
+            joints = [linears.joint(rest[1:], row) for linears in plan.linears]
+            query_key_value, out, gate_up, down = plan.linears
             grad = carry.to(row.dtype)
-            to_gates, opened = native.swiglu_backward(gates, grad @ matrices[3])
+            to_gates, opened = native.swiglu_backward(gates, joints[3].backward(grad))
             found.add(down, grad, opened)
             # made again: it is as large as all heads together
             between, _, other = native.norm_forward(
                 hidden, update, weight=second, epsilon=plan.epsilons[1], dtype=row.dtype
             )
             carry, grad, normed, of_norm = native.norm_backward(
-                between, second, scale=other, grad=to_gates @ matrices[2], carry=carry
+                between, second, scale=other, grad=joints[2].backward(to_gates), carry=carry
             )
             found.add_norm(1, of_norm)
             found.add(gate_up, to_gates, normed)
-            given = heads.view(grad @ matrices[1])
+            given = heads.view(joints[1].backward(grad))
             found.add(out, grad, mixed)
             sums = attend_backward(
                 heads.way(plan), row.parts, given, out=heads.view(mixed), lse=lse
@@ -264,7 +267,7 @@ class _Layer(torch.autograd.Function):
                 sums.query, sums.key, sums.value, row.cosine, row.sine, dtype=row.dtype
             )
             carry, _, normed, of_norm = native.norm_backward(
-                hidden, first, scale=scale, grad=packed @ matrices[0], carry=carry
+                hidden, first, scale=scale, grad=joints[0].backward(packed), carry=carry
             )
             found.add_norm(0, of_norm)
             found.add(query_key_value, packed, normed)
@@ -282,7 +285,7 @@ class _Heads:
     @classmethod
     def of(cls, packed: Tensor, row: _Row, plan: _Plan) -> _Heads:
         """``packed`` holds them side by side."""
-        key_heads = plan.joints[0].sizes[1] // row.cosine.shape[1]
+        key_heads = plan.linears[0].sizes[1] // row.cosine.shape[1]
         return cls(*native.split_heads(packed, row.cosine, row.sine, key_heads=key_heads))
 
     def way(self, plan: _Plan) -> ByProducts:
@@ -306,15 +309,16 @@ class _Found:
         """That of a norm's weight."""
         self._give(place, grad)
 
-    def add(self, joint: _Joint, grad: Tensor, rows: Tensor) -> None:
+    def add(self, linears: _Linears, grad: Tensor, rows: Tensor) -> None:
         """Those of linear layers, from the gradient of their result and the rows they took."""
-        if any(self._wanted[at] for at in joint.weights):
-            whole = (grad.t() @ rows).split(joint.sizes)
-            for at, part in zip(joint.weights, whole, strict=True):
-                self._give(at, part)
-        if any(at is not None for at in joint.biases):
-            summed = grad.sum(0, dtype=torch.float32).split(joint.sizes)
-            for at, part in zip(joint.biases, summed, strict=True):
+        wanted = [self._wanted[at] for at in linears.weights]
+        if any(wanted):
+            weights = [self._parameters[at] for at in linears.weights]
+            made = give_products(weights, wanted, grad=grad, rows=rows)
+            self._by_place.update(zip(linears.weights, made, strict=True))
+        if any(at is not None for at in linears.biases):
+            summed = grad.sum(0, dtype=torch.float32).split(linears.sizes)
+            for at, part in zip(linears.biases, summed, strict=True):
                 if at is not None:
                     self._give(at, part)
 

@@ -18,11 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from gruppo.model.adapter import Lora, attach
 from gruppo.model.attention import NAME
-from gruppo.model.decoder_pass import find_pass, kept_bytes
+from gruppo.model.decoder_pass import copied_bytes, find_pass, kept_bytes
 from gruppo.model.head import logit_rule
 from gruppo.model.logprob import packed_states
 from gruppo.model.packing import Packing, pack
 from gruppo.model.parts import causal, embedding, text_config
+from gruppo.model.products import Products
 from gruppo.model.source import checkpoint_activations, locate, quiet
 from gruppo.model.thrift import remade
 from gruppo.native import kernels
@@ -34,7 +35,8 @@ class Footprint:
 
     ``weights`` counts tied ones once, ``trainable`` those that get a gradient, ``largest`` the
     largest trainable matrix. ``linears`` are the matrices of linear layers (the head too, tied or
-    not). ``saved`` is what autograd keeps of a forward, ``vocabulary`` the size of one position's
+    not). ``saved`` is what autograd keeps of a forward, ``copies`` what products hold of the
+    weights beside them (0 where ``saved`` has it), ``vocabulary`` the size of one position's
     logits in float32, ``logits`` of those that are kept for the backward pass.
     """
 
@@ -43,6 +45,7 @@ class Footprint:
     largest: int
     linears: int
     saved: int
+    copies: int
     head: int
     vocabulary: int
     logits: int
@@ -69,7 +72,7 @@ class Shape:
         return pack(rows, tokens, [self.completion] * len(rows))
 
 
-def footprint(
+def footprint(  # noqa: PLR0913 - a model, and what decides how it is computed
     name: str,
     shape: Shape,
     *,
@@ -78,11 +81,12 @@ def footprint(
     compute: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
     thrift: bool = True,
+    products: Products = "torch",
 ) -> Footprint:
     """Count for a forward of ``shape`` through the model ``name``.
 
     ``thrift``: as on a CPU, where ``thrift.py`` makes tensors again, and ``decoder_pass.py`` keeps
-    what it needs alone.
+    what it needs alone; ``products`` are those of that pass.
 
     Raises:
         ValueError, OSError: the model's configuration cannot be had.
@@ -101,7 +105,8 @@ def footprint(
         known = {id(p): p for p in model.parameters()}
         width = _head_width(text_config(model))
         kept = kept_bytes(decoder, packing, dtype=compute, head_width=width)
-        return _count(model, known, kept, compute, thrift=thrift)
+        copies = copied_bytes(decoder, dtype=compute, products=products)
+        return _count(model, known, (kept, copies), compute, thrift=thrift)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _pretend(model)
         weights = {_key(p): p for p in model.parameters()}
@@ -117,7 +122,7 @@ def footprint(
         ):
             states = packed_states(model, packing)
         del states
-    return _count(model, weights, sum(saved.values()), compute, thrift=thrift)
+    return _count(model, weights, (sum(saved.values()), 0), compute, thrift=thrift)
 
 
 def _skeleton(
@@ -148,7 +153,7 @@ def _pretend(model: nn.Module) -> None:
 def _count(
     model: nn.Module,
     weights: dict[int, nn.Parameter],
-    saved: int,
+    held: tuple[int, int],
     compute: torch.dtype,
     *,
     thrift: bool,
@@ -168,7 +173,8 @@ def _count(
         trainable=sum(p.nbytes for p in trainable),
         largest=max(p.nbytes for p in trainable),
         linears=sum(w.numel() * item for w in linears.values()),
-        saved=saved,
+        saved=held[0],
+        copies=held[1],
         head=output.weight.nbytes,
         vocabulary=rows * 4,
         logits=rows * (item if narrow else 4),

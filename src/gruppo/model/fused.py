@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gruppo.model.casts import Casts
-from gruppo.model.gradient import add, give, sums_up
+from gruppo.model.gradient import sums_up
+from gruppo.model.joint import Joint, add_product, give_products
 from gruppo.model.products import current_products, multiplying
 from gruppo.model.rule import LogitRule
 from gruppo.native import can_softmax, pick, pick_gradient_
@@ -38,11 +39,9 @@ class HeadOptions:
     keep: bool
     casts: Casts | None = None
 
-    def matrix(self, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """The weight in the products' type (None: its own)."""
-        if dtype is None or weight.dtype == dtype:
-            return weight
-        return weight.to(dtype) if self.casts is None else self.casts.of([weight], dtype)
+    def joint(self, weight: Tensor, dtype: torch.dtype | None) -> Joint:
+        """The weight as products in ``dtype`` (None: its own) take it."""
+        return Joint([weight], dtype or weight.dtype, self.casts)
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:
@@ -82,8 +81,8 @@ class FusedHead(torch.autograd.Function):
         needed = options.keep and any(ctx.needs_input_grad)
         kept: dict[int, Tensor] = {}
         with torch.autocast(kind, enabled=False):
-            matrix = options.matrix(weight, product)
-            head = _Head(_cast(hidden, product), matrix, bias, options.rule, wide)
+            joint = options.joint(weight, product)
+            head = _Head(_cast(hidden, product), joint, bias, options.rule, wide)
             for part in _slices(len(hidden), options.chunk):
                 z = head.logits(part)
                 logp[part], lse[part], spread[part] = head.pick(z, tokens[part], options.entropy)
@@ -109,8 +108,8 @@ class FusedHead(torch.autograd.Function):
         used = None if grad_entropy is None or not options.entropy else grad_entropy.contiguous()
         grads = _Gradients.zeros(hidden, weight, bias, ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False), multiplying(ctx.products):
-            rows, matrix = _cast(hidden, ctx.product), options.matrix(weight, ctx.product)
-            head = _Head(rows, matrix, bias, options.rule, lse.dtype)
+            rows, joint = _cast(hidden, ctx.product), options.joint(weight, ctx.product)
+            head = _Head(rows, joint, bias, options.rule, lse.dtype)
             for part in _slices(len(hidden), options.chunk):
                 # taken out: they become the gradient, so a second backward pass makes them anew
                 z = ctx.kept.pop(part.start, None)
@@ -119,7 +118,7 @@ class FusedHead(torch.autograd.Function):
                 dz = head.gradient_(
                     z, tokens[part], (lse[part], spread[part]), (grad_logp[part], given)
                 )
-                grads.add(part, dz, rows[part], matrix)
+                grads.add(part, dz, rows[part], joint)
                 del z, dz
         return grads.hidden, grads.of_weight(weight), grads.bias, None, None
 
@@ -129,7 +128,7 @@ class _Head:
     """The head's operands in the type of the products, and softmax by kernel or by torch."""
 
     rows: Tensor
-    matrix: Tensor
+    joint: Joint
     bias: Tensor | None
     rule: LogitRule
     wide: torch.dtype
@@ -139,8 +138,7 @@ class _Head:
 
         In wide floats, or as the product has made them where a kernel widens them itself.
         """
-        rows = self.rows[part]
-        z = rows @ self.matrix.to(rows.dtype).t()
+        z = self.joint.forward(self.rows[part])
         if self.bias is None and self._is_native(z):
             return z
         z = z.to(self.wide)
@@ -221,22 +219,18 @@ class _Gradients:
             weight if direct else None,
         )
 
-    def add(self, part: slice, dz: Tensor, rows: Tensor, matrix: Tensor) -> None:
+    def add(self, part: slice, dz: Tensor, rows: Tensor, joint: Joint) -> None:
         if self.bias is not None:
             self.bias.add_(dz.sum(0))
         dz = dz.to(rows.dtype)
         if self.hidden is not None:
-            self.hidden[part] = (dz @ matrix).to(self.hidden.dtype)
+            self.hidden[part] = joint.backward(dz, wide=True)
         if self.direct is not None and self.direct.grad is None:
-            give(self.direct, dz.t() @ rows)
+            give_products([self.direct], [True], grad=dz, rows=rows)
             return
         total = self.weight if self.direct is None else self.direct.grad
-        if total is None:
-            return
-        if total.dtype == dz.dtype and current_products() == "torch":
-            total.addmm_(dz.t(), rows)
-        else:
-            add(total, dz.t() @ rows)
+        if total is not None:
+            add_product(total, dz, rows)
 
     def of_weight(self, weight: Tensor) -> Tensor | None:
         """What autograd is to add to the weight's gradient."""

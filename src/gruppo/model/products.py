@@ -1,13 +1,14 @@
-"""Which library multiplies float32 matrices in training, and how to have it multiply.
+"""What multiplies matrices in training on a CPU, and how to have it multiply.
 
-torch gives float32 products on a CPU to its BLAS. On some processors (those with AVX-512 that are
-not Intel's, above all) oneDNN, which torch carries too, is twice as fast; on others it is not. So
-it is measured. Results differ by rounding, hence a run records its choice and keeps it.
+torch gives float32 products to its BLAS and bfloat16 ones to oneDNN. On some processors (those with
+AVX-512 that are not Intel's, above all) oneDNN is twice as fast in float32 too, or the own kernels
+(``native/product.cpp``) are faster than either; on others, those with matrix units above all, they
+are not. So it is measured. Results differ by rounding, hence a run records its choice and keeps it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
@@ -18,56 +19,64 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from gruppo import native
 from gruppo.measured import fastest, remembered
 
-Products = Literal["torch", "onednn"]
+Products = Literal["torch", "onednn", "native"]
 
 # A transformer's projections in a micro-batch; 1.8 GFLOP a product.
 _ROWS, _INNER, _COLUMNS = 1024, 576, 1536
 _REPEATS = 5
-_WORTHWHILE = 1.15
+_ONEDNN_WORTHWHILE = 1.15
+_NATIVE_WORTHWHILE = 1.0  # it also spares copies of the weights and of their gradients
 _CURRENT: ContextVar[Products] = ContextVar("products", default="torch")
 _PRODUCTS = {torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul, torch.mm}
 
 
 def faster_products(device: torch.device | str, compute: torch.dtype) -> Products:
-    """The faster library for products in ``compute`` on ``device``: "torch" unless measured else.
+    """The fastest products in ``compute`` on ``device``: "torch" unless measured else.
 
-    oneDNN must gain 15 % over the products of a forward and a backward pass, the best of several
-    runs counting. Timed once per machine (about 0.2 s) and kept, and only where there is a choice:
-    float32 on a CPU.
+    The products of a forward and a backward pass are timed, the best of several runs counting;
+    oneDNN, which is asked for float32 alone, must gain 15 %. Timed once per machine (about 0.3 s)
+    and kept, and only on a CPU.
 
-    >>> faster_products("cpu", torch.bfloat16)
+    >>> faster_products("cpu", torch.float64)
     'torch'
     """
-    if torch.device(device).type != "cpu" or compute != torch.float32 or not _is_there():
+    kinds = ["torch", *(kind for kind in ("onednn", "native") if _can(kind, compute))]
+    if torch.device(device).type != "cpu" or len(kinds) == 1:
         return "torch"
-    return _measured()
+    return _measured(compute, tuple(kinds))
 
 
 @contextmanager
 def multiplying(products: Products) -> Iterator[None]:
-    """Within, float32 products of matrices on the CPU are made by ``products``.
+    """Within, products of matrices on the CPU are made by ``products``, where it can.
 
-    Their gradients are made by the same library wherever the backward pass runs. What is recomputed
-    in a backward pass (gradient checkpointing) is not, so the two do not go together.
+    oneDNN makes those in float32. The own kernels make those too, and in bfloat16 those of packed
+    rows and of the head (``joint.py``); elsewhere bfloat16 products are torch's. Gradients are made
+    by the same library wherever the backward pass runs. What is recomputed in a backward pass
+    (gradient checkpointing) is not, so that and other products than torch's do not go together.
     """
-    chosen: Products = products if _is_there() else "torch"
-    token = _CURRENT.set(chosen)
+    token = _CURRENT.set(products)
     try:
-        with _OneDnn() if chosen == "onednn" else nullcontext():
+        with _Others(products) if _can(products, torch.float32) else nullcontext():
             yield
     finally:
         _CURRENT.reset(token)
 
 
 def current_products() -> Products:
-    """The library in force, for a backward pass of one's own to go on with."""
+    """What multiplies now, for a backward pass of one's own to go on with."""
     return _CURRENT.get()
 
 
-class _OneDnn(TorchFunctionMode):
-    """Takes over linear layers and products of two matrices; all else is torch's."""
+class _Others(TorchFunctionMode):
+    """Takes over linear layers and products of two float32 matrices; all else is torch's."""
+
+    def __init__(self, products: Products) -> None:
+        super().__init__()
+        self._products: Products = products
 
     def __torch_function__(
         self,
@@ -79,9 +88,9 @@ class _OneDnn(TorchFunctionMode):
         del types
         if not kwargs:
             if func is nn.functional.linear and _is_ours(args[0], args[1]):
-                return _linear(*args)
+                return _linear(self._products, *args)
             if func in _PRODUCTS and args[0].dim() == args[1].dim() == 2 and _is_ours(*args):
-                return _linear(args[0], args[1].t())
+                return _linear(self._products, args[0], args[1].t())
         return func(*args, **(kwargs or {}))
 
 
@@ -97,67 +106,96 @@ def _is_ours(left: Tensor, right: Tensor) -> bool:
     )
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(products: Products, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``rows`` [*, I] times ``weight`` [O, I] transposed, plus ``bias`` [O]."""
     flat = rows.reshape(-1, rows.shape[-1])
-    return _Linear.apply(flat, weight, bias).unflatten(0, rows.shape[:-1])
+    return _Linear.apply(products, flat, weight, bias).unflatten(0, rows.shape[:-1])
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer whose three products are oneDNN's."""
+    """A linear layer whose three products are another library's than torch's."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, products: Products, rows: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return _multiply(rows, weight, bias)
+        ctx.multiply = _MULTIPLY[products]
+        return ctx.multiply(rows, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         (grad,) = grad_outputs
         rows, weight = ctx.saved_tensors
-        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        _, of_rows, of_weight, of_bias = ctx.needs_input_grad
         return (
-            _multiply(grad, weight.t()) if of_rows else None,
-            _multiply(grad.t(), rows.t()) if of_weight else None,
+            None,
+            ctx.multiply(grad, weight.t()) if of_rows else None,
+            ctx.multiply(grad.t(), rows.t()) if of_weight else None,
             grad.sum(0) if of_bias else None,
         )
 
 
-def _multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+def _onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """``left`` [N, I] times ``right`` [O, I] transposed."""
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
 
+def _native(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same by the own kernels."""
+    if right.stride(0) == 1 != right.stride(1):
+        panels = native.cut_rows([right.t()], left.dtype)
+    else:
+        panels = native.cut_columns([right.contiguous()], left.dtype)
+    return native.multiply(left, panels, bias=bias)
+
+
+def _torch(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    return nn.functional.linear(left, right, bias)
+
+
+_MULTIPLY: dict[Products, Callable[..., Tensor]] = {
+    "torch": _torch,
+    "onednn": _onednn,
+    "native": _native,
+}
+
+
 @cache
-def _is_there() -> bool:
-    """Whether this build of torch can multiply so at all."""
-    if not torch.backends.mkldnn.is_available():
+def _can(products: str, dtype: torch.dtype) -> bool:
+    """Whether other products than torch's can be had in ``dtype``, for float32 matrices or all."""
+    if products == "native":
+        return native.can_multiply(dtype)
+    if products == "torch" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return False
     try:
-        _multiply(torch.ones(2, 3), torch.ones(2, 3))
+        _onednn(torch.ones(2, 3), torch.ones(2, 3))
     except (RuntimeError, AttributeError, NotImplementedError):  # an operator of another version
         return False
     return True
 
 
 @cache
-def _measured() -> Products:
+def _measured(compute: torch.dtype, kinds: tuple[Products, ...]) -> Products:
     found = remembered(
         "products",
-        ("torch", "onednn"),
-        _compared,
-        depends_on=(torch.__version__, str(torch.get_num_threads())),
+        kinds,
+        lambda: _compared(compute, kinds),
+        depends_on=(torch.__version__, str(torch.get_num_threads()), str(compute), *kinds),
     )
-    return "onednn" if found == "onednn" else "torch"
+    return next(kind for kind in kinds if kind == found)
 
 
-def _compared() -> Products:
-    ones = torch.ones
-    rows, weight, grad = ones(_ROWS, _INNER), ones(_COLUMNS, _INNER), ones(_ROWS, _COLUMNS)
+def _compared(compute: torch.dtype, kinds: Sequence[Products]) -> Products:
+    shapes = ((_ROWS, _INNER), (_COLUMNS, _INNER), (_ROWS, _COLUMNS))
+    rows, weight, grad = (torch.ones(shape, dtype=compute) for shape in shapes)
     work = ((rows, weight), (grad, weight.t()), (grad.t(), rows.t()))
-    plain, other = fastest(
-        [lambda: [a @ b.t() for a, b in work], lambda: [_multiply(a, b) for a, b in work]],
-        repeats=_REPEATS,
-    )
-    return "onednn" if other * _WORTHWHILE < plain else "torch"
+    works = [lambda kind=kind: [_MULTIPLY[kind](a, b) for a, b in work] for kind in kinds]
+    seconds = dict(zip(kinds, fastest(works, repeats=_REPEATS), strict=True))
+    costs = {
+        "torch": seconds["torch"],
+        "onednn": seconds.get("onednn", float("inf")) * _ONEDNN_WORTHWHILE,
+        "native": seconds.get("native", float("inf")) * _NATIVE_WORTHWHILE,
+    }
+    return min(kinds, key=costs.__getitem__)

@@ -6,6 +6,7 @@ Each has an equal in plain torch, which is used where no compiler is found.
 from gruppo.native.attention import can_attend, decode_attention
 from gruppo.native.compiled import kernels
 from gruppo.native.layer import add_norm, rotate_and_keep, swiglu
+from gruppo.native.product import Panels, can_multiply, cut_columns, cut_rows, multiply
 from gruppo.native.sampling import can_sample, sample
 from gruppo.native.scores import Mask, can_score, score_gradient, softmax_scores
 from gruppo.native.softmax import can_softmax, pick, pick_gradient_
@@ -21,16 +22,21 @@ from gruppo.native.training import (
 
 __all__ = [
     "Mask",
+    "Panels",
     "add_",
     "add_norm",
     "can_add",
     "can_attend",
+    "can_multiply",
     "can_sample",
     "can_score",
     "can_softmax",
+    "cut_columns",
+    "cut_rows",
     "decode_attention",
     "join_heads",
     "kernels",
+    "multiply",
     "norm_backward",
     "norm_forward",
     "pick",

@@ -41,6 +41,16 @@ inline Vector load(const uint16_t* from) {  // bfloat16
   return vector;
 }
 inline void store(Vector vector, float* to) { std::memcpy(to, &vector, sizeof vector); }
+inline void store(Vector vector, uint16_t* to) {  // as bfloat16
+#ifdef __AVX512BF16__
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)vector);
+#else
+  Words words;
+  std::memcpy(&words, &vector, sizeof words);
+  const Halves halves = __builtin_convertvector((words + 0x7fff + ((words >> 16) & 1)) >> 16, Halves);
+#endif
+  std::memcpy(to, &halves, sizeof halves);
+}
 inline Vector spread(float x) { return x - Vector{}; }
 
 // Sums of neighbours, first those of a, then those of b.

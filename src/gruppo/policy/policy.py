@@ -96,7 +96,7 @@ class Policy:
                 model with its adapter off (no memory); "none" has no :meth:`ref_logp`.
             temperature: The sampling temperature, for all log-probabilities.
             packing: Compute a prompt once for its group, if the model allows it (tried here).
-            products: Library of float32 products; "onednn" not with gradient checkpointing.
+            products: What multiplies; with gradient checkpointing "torch" alone.
 
         Raises:
             ValueError: a setting is bad, or "adapter" is asked for a model without one.
@@ -324,10 +324,10 @@ def _refuse(model: nn.Module, reference: ReferenceKind, products: Products) -> N
     if reference == "adapter" and not is_adapted(model):
         raise ValueError("reference = 'adapter' needs a LoRA adapter; use reference = 'copy'")
     recomputes = any(vars(module).get("gradient_checkpointing") for module in model.modules())
-    if products == "onednn" and recomputes:
+    if products != "torch" and recomputes:
         raise ValueError(
-            "products = 'onednn' with a model of gradient checkpointing: what is recomputed would "
-            "differ by rounding; use products = 'torch'"
+            f"products = {products!r} with a model of gradient checkpointing: what is recomputed "
+            "would differ by rounding; use products = 'torch'"
         )
 
 

@@ -130,6 +130,7 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
         max_rows=recipe.engine.max_rows,
         max_cached_tokens=recipe.engine.max_cached_tokens,
         kind=recipe.engine.kind,
+        products=products,
     )
     if recipe.engine.kind == "shared" and not engine.is_shared:
         report(f"engine: {section.name} cannot share prompts, so it is drawn in plain waves")

