@@ -134,6 +134,44 @@ def test_scores(dtype, bound, causal):
     assert bool((got[:, unseen] == 0).all() and (gradient[:, unseen] == 0).all())
 
 
+@pytest.mark.parametrize(
+    ("heads", "queries", "repeats", "columns"),
+    [(0, 5, 3, 7), (0, 0, 3, 0), (2, 0, 3, 7), (2, 5, 0, 7), (2, 0, 3, 0)],
+)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("dtype", "_"), KINDS)
+def test_scores_of_no_rows_are_empty(heads, queries, repeats, columns, causal, dtype, _):
+    """However the tensors lie: the queries here are part of a buffer, the gradients are not."""
+    query = torch.zeros(heads, 40, repeats, 14, dtype=dtype)[:, 2 : 2 + queries]
+    grad = torch.zeros(heads, queries, repeats, 14, dtype=dtype)
+    key, value = torch.zeros(2, heads, columns, 14, dtype=dtype)
+    lse, delta = torch.zeros(2, heads, queries, repeats)
+    mask, rows = native.Mask(causal=causal, scale=0.3), queries * repeats
+    weights, sums = native.softmax_scores(query, key, mask)
+    again = native.score_gradient(query, key, value, grad, mask=mask, lse=lse, delta=delta)
+    assert [t.shape for t in (weights, *again)] == [(heads, rows, columns)] * 3
+    assert [t.dtype for t in (weights, *again)] == [dtype] * 3
+    assert (sums.shape, sums.dtype) == ((heads, rows), torch.float32)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), KINDS)
+@pytest.mark.parametrize(("columns", "width"), [(0, 14), (7, 0)])
+def test_scores_without_keys_or_width(columns, width, dtype, bound):
+    """A sum over no keys is 0, whose logarithm is -inf; products of no numbers are 0."""
+    query, grad = torch.zeros(2, 2, 5, 3, width, dtype=dtype)
+    key, value = torch.zeros(2, 2, columns, width, dtype=dtype)
+    mask = native.Mask(causal=False, scale=0.3)
+    weights, lse = native.softmax_scores(query, key, mask)
+    wanted = torch.full((2, 15, columns), 1 / max(columns, 1))
+    assert torch.equal(lse.exp().round(decimals=5), torch.full((2, 15), float(columns)))
+    sums, delta = lse.view(2, 5, 3), torch.ones(2, 5, 3)
+    again, gradient = native.score_gradient(
+        query, key, value, grad, mask=mask, lse=sums, delta=delta
+    )
+    for mine, other in ((weights, wanted), (again, wanted), (gradient, -0.3 * wanted)):
+        torch.testing.assert_close(mine.float(), other, rtol=bound, atol=0.0)
+
+
 def test_sums_over_rows_do_not_change_from_call_to_call():
     torch.manual_seed(0)
     hidden, carry = torch.randn(2, 301, 64)

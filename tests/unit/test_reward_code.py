@@ -9,7 +9,7 @@ from gruppo.data import tasks
 from gruppo.recipe import load
 from gruppo.recipe.build import open_rewards
 from gruppo.reward import Code, Part, RewardSet
-from gruppo.reward.code import last_block
+from gruppo.reward.code import _LANGUAGES, last_block
 from gruppo.reward.code_run import Trial, WrongTests, run
 from gruppo.reward.code_tests import read_suite
 from gruppo.sandbox import Box, NoSandbox, Sandbox, SandboxFailure
@@ -75,6 +75,29 @@ def graded(reward: Code, tests: object, *sources: str) -> list:
 )
 def test_the_last_closed_block_of_the_language_is_the_program(text: str, found: str | None) -> None:
     assert last_block(text, {"python", "python3", "py"}) == found
+
+
+@pytest.mark.parametrize(
+    ("language", "own", "other"),
+    [
+        (
+            "python",
+            "python py Python3 py3 python3.11 python3.12.1 {python} {.python} {.python3.11} .py "
+            "{python,echo=FALSE} python{1,3} python:main.py python,no_run py3=",
+            "python2.7 pythonic python-repl {python-console} pypy cython py4j {r} {=python} {} c+",
+        ),
+        ("cpp", "cpp c++ cc cxx {c++} {.cpp} .cpp C++,ignore", "c {c} c# c+++ c++-header cpp2"),
+        ("c", "c C {c} {.c} .c c:main.c c,ignore", "c++ {c++} c# {c#} cpp c-sharp ch objective-c"),
+    ],
+    ids=["python", "cpp", "c"],
+)
+def test_marks_of_the_language_and_of_others(language: str, own: str, other: str) -> None:
+    marks = _LANGUAGES[language].marks
+    spaced = ["{ .MARK }", "{.MARK .cell #id}", "  MARK  title='a'"]
+    mine = [*own.split(), *(form.replace("MARK", own.split()[0]) for form in spaced)]
+    assert [last_block(f"```{mark}\na\n```", marks) for mark in mine] == ["a\n"] * len(mine)
+    foreign = other.split()
+    assert [last_block(f"```{mark}\na\n```", marks) for mark in foreign] == [None] * len(foreign)
 
 
 def test_what_a_program_prints_is_not_taken_for_it(reward: Code) -> None:

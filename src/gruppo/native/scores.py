@@ -39,8 +39,9 @@ def softmax_scores(
 ) -> tuple[Float[Tensor, "K M S"], Float[Tensor, "K M"]]:
     """Softmax over the keys, in the queries' type, and log-sum-exps in float32."""
     weights, lse = _weights(query, key), query.new_empty(_rows(query), dtype=torch.float32)
-    sizes = _sizes(query, key, mask)
-    _call("scores_forward", sizes, mask.scale, (query, key), (lse, weights))
+    if lse.numel():  # no rows lie in no order that could be asked for
+        sizes = _sizes(query, key, mask)
+        _call("scores_forward", sizes, mask.scale, (query, key), (lse, weights))
     return weights, lse
 
 
@@ -66,11 +67,13 @@ def score_gradient(
         delta: sum of the weights times their gradients, over all keys of the row; in float32.
     """
     weights, gradient = (_weights(query, key) for _ in range(2))
+    if not weights.numel():
+        return weights, gradient
     assert _apart(grad) == _apart(query), "gradients lie as the queries do"
     assert _apart(value) == _apart(key), "values lie as the keys do"
     assert lse.dtype == delta.dtype == torch.float32, "sums are float32"
     for sums in (lse, delta):
-        assert _apart(sums) * query.shape[-1] == _apart(query), "one for every row of the queries"
+        assert _apart(sums) * _width(query) == _apart(query), "one for every row of the queries"
     sizes, given = _sizes(query, key, mask), (query, key, value, grad)
     _call("scores_backward", sizes, mask.scale, given, (lse, delta, weights, gradient))
     return weights, gradient
@@ -90,8 +93,13 @@ def _sizes(query: Tensor, key: Tensor, mask: Mask) -> tuple[int, ...]:
     heads, queries, repeats, width = query.shape
     assert key.shape[::2] == (heads, width), "keys of the same heads"
     assert not mask.causal or queries <= key.shape[1], "every query sees a key"
-    apart = _apart(query) // width, _apart(key) // width
+    apart = _apart(query) // _width(query), _apart(key) // _width(key)
     return heads, queries, repeats, key.shape[1], width, int(mask.causal), *apart
+
+
+def _width(tensor: Tensor) -> int:
+    """How far a row is from the next one; rows of no numbers lie as those of one."""
+    return max(tensor.shape[-1], 1)
 
 
 def _apart(tensor: Tensor) -> int:

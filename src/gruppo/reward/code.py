@@ -7,6 +7,7 @@ sandbox's matter (``gruppo.sandbox``); what the tests are, the data's (``code_te
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -32,6 +33,9 @@ from gruppo.types import Completion, Problem
 
 _MAX_SOURCE: Final = 100_000  # characters; a program that is longer is no answer to a problem
 _AHEAD: Final = 16  # programs that are compiled before they are run: they lie in memory
+# The language's name before attributes, versions and files: {.python .id}, python3.11, python:a.py.
+# A hyphen is of the name: what follows makes another language of it (python-repl, c-sharp).
+_NAME: Final = re.compile(r"\{?\s*\.?([\w+#-]+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +48,7 @@ class _Language:
 
 
 _LANGUAGES: Final = {
-    "python": _Language(fence="python", marks=frozenset({"python", "python3", "py"})),
+    "python": _Language(fence="python", marks=frozenset({"python", "python3", "py", "py3"})),
     "c": _Language(fence="c", marks=frozenset({"c"}), chain=C),
     "cpp": _Language(fence="cpp", marks=frozenset({"cpp", "c++", "cc", "cxx"}), chain=CPP),
 }
@@ -201,7 +205,8 @@ def last_block(text: str, marks: Set[str]) -> str | None:
 
     Where none has, of the last without a mark; None where there is no such either. What a program
     prints is often shown behind it, so that a block without a mark does not come before a marked
-    one. The mark is the first word after the fence.
+    one. The mark is the first name after the fence: of ``{.python .cell}`` and ``python:a.py`` it
+    is "python", of ``python3.11`` it is "python3".
 
     >>> text = "```py\nx = 1\n```\nprints\n```\n1\n```\nas in\n```text\n1\n```"
     >>> last_block(text, {"py"}), last_block(text, {"cpp"}), last_block("```\nopen", {"py"})
@@ -212,13 +217,19 @@ def last_block(text: str, marks: Set[str]) -> str | None:
     for number, line in enumerate(lines):
         stripped = line.strip()
         if start is None and stripped.startswith("```") and "`" not in stripped[3:]:
-            start, mark = number + 1, next(iter(stripped[3:].lower().split()), "")
+            start, mark = number + 1, _mark(stripped[3:].strip().lower())
         elif start is not None and stripped == "```":
             block = "".join(lines[start:number])
             marked = block if mark in marks else marked
             bare = block if not mark else bare
             start = None
     return bare if marked is None else marked
+
+
+def _mark(text: str) -> str:
+    """The language's name behind a fence; what holds none is a mark still (``{=html}``)."""
+    found = _NAME.match(text)
+    return text if found is None else found[1]
 
 
 def _identity(trial: Trial) -> tuple[int, str]:

@@ -2,6 +2,8 @@
 
 It knows their numbers and nothing of what they say. A process that may have started others is not
 waited for before its group is killed: till then its number, which is the group's, is nobody else's.
+Several threads may end them, so one lock is held where the process is waited for and where signals
+are sent: none goes to a number that is free.
 """
 
 from __future__ import annotations
@@ -12,11 +14,14 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, final
 
 GRACE: Final = 1.0
 """Seconds for a process whose pipes are closed to be gone."""
+# Seconds between looks at a process: soon at first, as most end at once.
+_FIRST_PAUSE, _PAUSE = 0.0005, 0.005
 
 
 @final
@@ -32,8 +37,7 @@ class Family:
     def __init__(self, process: subprocess.Popen[bytes], *, starts_others: bool) -> None:
         self._process = process
         self._starts_others = starts_others
-        self._status: int | None = None
-        self._lock = threading.Lock()  # of one who waits for the process after killing its group
+        self._lock = threading.Lock()  # held for a moment: nobody sleeps with it
 
     @property
     def pid(self) -> int:
@@ -42,26 +46,24 @@ class Family:
 
     def kill(self) -> None:
         """End them at once; from any thread. ``reap`` is still due."""
-        if self._wait(0.0) is not None:
-            return  # its number may be another process's by now
-        self._kill_others()
-        for pid in _children(self.pid) or [self.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if self._ended() is None:
+            self._kill_others()
+            self._signal(lambda: _children(self.pid) or [self.pid])
 
     def reap(self, patience: float) -> int:
         """Wait ``patience`` seconds for the process, then kill it; its exit status."""
-        if self._status is None:
-            self._status = self._wait(patience)
-            if self._status is None:  # inner processes first: their parent then waits for them
-                self._kill_others()
-                for pid in (*_children(self.pid), self.pid):
-                    if self._status is not None:
-                        break  # the number may be another process's by now
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                    self._status = self._wait(GRACE)
-        return self._process.wait() if self._status is None else self._status
+        status = self._wait(patience)
+        if status is None:
+            self._kill_others()
+            # inner processes first: their parent then waits for them
+            for pid in (*_children(self.pid), self.pid):
+                self._signal(lambda pid=pid: [pid])
+                status = self._wait(GRACE)
+                if status is not None:
+                    break
+        while status is None:
+            status = self._wait(GRACE)
+        return status
 
     def _kill_others(self) -> None:
         """The last one first: who started it waits for it and ends by itself.
@@ -71,38 +73,46 @@ class Family:
         if not self._starts_others:
             return
         until = time.monotonic() + GRACE
-        while (found := _descendants(self.pid)) and time.monotonic() < until:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(found[-1], signal.SIGKILL)
+        while self._signal(lambda: _descendants(self.pid)[-1:]) and time.monotonic() < until:
             time.sleep(0.005)
-        self._kill_group()
+        with self._lock:
+            if self._process.returncode is None:
+                self._kill_group()
+
+    def _signal(self, find: Callable[[], Iterable[int]]) -> bool:
+        """Kill those found while the process is there, if only as a zombie; whether any was."""
+        with self._lock:
+            found = [] if self._process.returncode is not None else list(find())
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        return bool(found)
 
     def _kill_group(self) -> None:
-        """The process is there still, if only as a zombie."""
+        """With the lock held, and the process there, if only as a zombie."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def _wait(self, seconds: float) -> int | None:
-        """The exit status, if the process ends within that time.
+        """The exit status, if the process ends within that time."""
+        until, pause = time.monotonic() + seconds, _FIRST_PAUSE
+        while (status := self._ended()) is None and (left := until - time.monotonic()) > 0:
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _PAUSE)
+        return status
+
+    def _ended(self) -> int | None:
+        """The exit status, if the process has ended; it is waited for.
 
         It may have been killed by itself (where memory is short, the kernel picks one); those that
         it started are then the children of another, and their group is what is known of them.
         """
-        until = time.monotonic() + seconds
-        while self._starts_others:
-            with self._lock:
-                if self._process.returncode is not None:
-                    break
-                if _has_ended(self.pid):
-                    self._kill_group()
-                    return self._process.wait()
-            if time.monotonic() >= until:
-                return None
-            time.sleep(0.005)
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
+        with self._lock:
+            if self._starts_others and self._process.returncode is None:
+                if not _has_ended(self.pid):
+                    return None
+                self._kill_group()
+            return self._process.poll()
 
 
 def _has_ended(pid: int) -> bool:

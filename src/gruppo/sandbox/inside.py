@@ -12,14 +12,13 @@ does it in a process of the host; around a WASI guest it is done from outside). 
 - those that need a process of the host: see ``process``.
 
 Nothing here is a verdict, and nothing that the candidate can reach here is worth reaching. This
-file is loaded inside the box and imports the standard library alone.
+file is loaded inside the box and imports the standard library alone, and of that what every job
+needs: a program waits for it.
 """
 
 from __future__ import annotations
 
-import ast
 import builtins
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -39,12 +38,17 @@ class Channel:
         commands: int,
         replies: int,
         pending: bytes,
+        *,
+        write: Callable[[dict[str, Any]], str],
+        read: Callable[[bytes], dict[str, Any]],
         leave: Callable[[int], None] = os.close,
     ) -> None:
-        """``leave`` gives up one of the two descriptors."""
+        """``write`` and ``read`` make JSON and values of it; ``leave`` gives up a descriptor."""
         self._commands = commands
         self._replies = replies
         self._pending = pending
+        self._write = write
+        self._read = read
         self._leave = leave
 
     def receive(self) -> dict[str, Any]:
@@ -55,7 +59,7 @@ class Channel:
                 os._exit(0)
             self._pending += chunk
         line, _, self._pending = self._pending.partition(b"\n")
-        return json.loads(line)
+        return self._read(line)
 
     def take(self, size: int) -> Iterator[bytes]:
         """The next ``size`` bytes, in pieces."""
@@ -69,7 +73,7 @@ class Channel:
 
     def send(self, message: dict[str, Any], data: bytes = b"") -> None:
         """Send one reply, whole, and ``data`` after it."""
-        view = memoryview(json.dumps(message).encode() + b"\n" + data)
+        view = memoryview(self._write(message).encode() + b"\n" + data)
         while view:
             view = view[os.write(self._replies, view) :]
 
@@ -179,15 +183,17 @@ def _tests(channel: Channel, job: dict[str, Any]) -> None:
 
 
 def _run_test(channel: Channel, source: str) -> None:
-    tree = ast.parse(source, "tests.py")
     space: dict[str, Any] = {"__name__": "tests"}
-    for name in _foreign(tree):
+    for name in _foreign(source):
         space[name] = _stand_in(channel, name)
-    exec(compile(tree, "tests.py", "exec"), space)
+    exec(compile(source, "tests.py", "exec"), space)
 
 
-def _foreign(tree: ast.AST) -> list[str]:
+def _foreign(source: str) -> list[str]:
     """Names that the test code uses and nowhere makes: the candidate's."""
+    import ast  # not above: the other jobs start sooner without it
+
+    tree = ast.parse(source, "tests.py")
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     made = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
     for node in ast.walk(tree):

@@ -11,6 +11,7 @@ This file is loaded inside the box and imports the standard library alone.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import resource
 import sys
@@ -23,7 +24,8 @@ from gruppo.sandbox.inside import Channel, prepared, work
 
 def main(commands: int, replies: int, pending: bytes) -> None:
     """Lock this process, take the job and run it."""
-    work(Channel(commands, replies, pending), drop=_drop, seal=_seal, prepare=_prepare)
+    channel = Channel(commands, replies, pending, write=json.dumps, read=json.loads)
+    work(channel, drop=_drop, seal=_seal, prepare=_prepare)
 
 
 def _drop(config: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ collide is hashed. This file is also loaded inside the box and imports the stand
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any, Final
@@ -218,7 +217,7 @@ def _children(data: dict[str, Any]) -> list[Any]:
 
 def _ordered(data: Any) -> str:
     """One text for all forms of equal values; ``True``, ``1`` and ``1.0`` have different ones."""
-    return json.dumps(_sorted(data), sort_keys=True)
+    return _text(_sorted(data))
 
 
 def _sorted(data: Any) -> Any:
@@ -229,5 +228,11 @@ def _sorted(data: Any) -> Any:
     inner = {key: _sorted(entry) for key, entry in data.items()}
     for tag in ("$set", "$frozenset", "$dict"):
         if tag in inner:
-            inner[tag] = sorted(inner[tag], key=lambda entry: json.dumps(entry, sort_keys=True))
+            inner[tag] = sorted(inner[tag], key=_text)
     return inner
+
+
+def _text(data: Any) -> str:
+    import json  # not above: nothing is compared in a box, where it is slow to import (WASI)
+
+    return json.dumps(data, sort_keys=True)
