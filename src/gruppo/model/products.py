@@ -191,11 +191,15 @@ def _compared(compute: torch.dtype, kinds: Sequence[Products]) -> Products:
     shapes = ((_ROWS, _INNER), (_COLUMNS, _INNER), (_ROWS, _COLUMNS))
     rows, weight, grad = (torch.ones(shape, dtype=compute) for shape in shapes)
     work = ((rows, weight), (grad, weight.t()), (grad.t(), rows.t()))
-    works = [lambda kind=kind: [_MULTIPLY[kind](a, b) for a, b in work] for kind in kinds]
-    seconds = dict(zip(kinds, fastest(works, repeats=_REPEATS), strict=True))
-    costs = {
+
+    def by(kind: Products) -> Callable[[], object]:
+        return lambda: [_MULTIPLY[kind](a, b) for a, b in work]
+
+    seconds = dict(zip(kinds, fastest([by(kind) for kind in kinds], repeats=_REPEATS), strict=True))
+    costs: dict[Products, float] = {
         "torch": seconds["torch"],
         "onednn": seconds.get("onednn", float("inf")) * _ONEDNN_WORTHWHILE,
         "native": seconds.get("native", float("inf")) * _NATIVE_WORTHWHILE,
     }
-    return min(kinds, key=costs.__getitem__)
+    cheapest = min(costs[kind] for kind in kinds)
+    return next(kind for kind in kinds if costs[kind] == cheapest)

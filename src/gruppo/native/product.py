@@ -68,28 +68,32 @@ def multiply(
         total: in float32; the product is added to it, and it is returned.
     """
     rows, inner = left.shape
+    apart, step = left.stride()
     assert inner == right.inner, "inner dimensions agree"
     assert left.dtype == right.data.dtype, "one type of products"
     if not inner:
         empty = left.new_zeros(rows, right.columns, dtype=dtype) if total is None else total
         return empty if bias is None else empty + bias
-    kind = TYPES[left.dtype]
-    if rows > 1 and left.stride(0) == 1 != left.stride(1):
+    if rows > 1 and apart == 1 != step:
         return _multiply_transposed(left.t(), right, bias, dtype, total)
     odd = inner % 2 if left.dtype == torch.bfloat16 else 0  # numbers are read in pairs then
-    if left.stride(1) != 1 or odd:
+    if step != 1 or odd:
         left = torch.nn.functional.pad(left, (0, odd)).contiguous()
+        apart = left.stride(0)
     out = left.new_empty(rows, right.columns, dtype=dtype) if total is None else total
-    assert out.stride(1) == 1
-    assert out.shape == (rows, right.columns)
-    assert total is None or total.dtype == torch.float32, "sums are float32"
+    assert total is None or _is_sum(total, rows, right)
     wide = None if bias is None else bias.float().contiguous()
-    kernel(f"multiply_{kind}_{TYPES[out.dtype]}", "iiiiiipppp")(
-        *(rows, inner, right.columns, left.stride(0), out.stride(0), total is not None),
+    kernel(f"multiply_{TYPES[left.dtype]}_{TYPES[out.dtype]}", "iiiiiipppp")(
+        *(rows, inner, right.columns, apart, out.stride(0), total is not None),
         *(left.data_ptr(), right.data.data_ptr()),
         *(None if wide is None else wide.data_ptr(), out.data_ptr()),
     )
     return out
+
+
+def _is_sum(total: Tensor, rows: int, right: Panels) -> bool:
+    is_wide = total.dtype == torch.float32
+    return is_wide and total.stride(1) == 1 and total.shape == (rows, right.columns)
 
 
 def _multiply_transposed(
@@ -101,9 +105,7 @@ def _multiply_transposed(
 ) -> Float[Tensor, "N O"]:
     inner, rows = left.shape
     out = left.new_empty(rows, right.columns, dtype=torch.float32) if total is None else total
-    assert out.stride(1) == 1
-    assert out.shape == (rows, right.columns)
-    assert out.dtype == torch.float32, "sums are float32"
+    assert _is_sum(out, rows, right)
     kernel(f"multiply_transposed_{TYPES[left.dtype]}", "iiiiiippp")(
         *(inner, rows, right.columns, left.stride(0), out.stride(0), total is not None),
         *(left.data_ptr(), right.data.data_ptr(), out.data_ptr()),

@@ -24,7 +24,6 @@ WORTHWHILE = 32
 """Decode steps from which on the copies, which cost about as much as one step, pay."""
 
 Product = Callable[[Tensor], Tensor]
-_Multiply = Callable[[Tensor, Tensor | None], Tensor]
 Products = Callable[[Group], Product]
 """What multiplies rows by the matrices of some layers; the results lie side by side."""
 
@@ -56,7 +55,8 @@ def packed_linears(
         products: "native" has the own kernels multiply, where they can; else it is oneDNN.
 
     Yields:
-        The product with a group of ``together``, or with one layer.
+        The product of rows [N, I] (in the type of products) with a group of ``together``, or with
+        one layer.
     """
     layers = [
         module
@@ -76,13 +76,13 @@ def packed_linears(
         if not is_out_of_memory(error):
             raise
         packed = {}
-    found = {group: _product(group, multiply, dtype) for group, multiply in packed.items()}
     try:
-        for group, product in found.items():
-            shared = _Shared(product, [layer.out_features for layer in group])
+        for group, product in packed.items():
+            forward = _forward(group, product, dtype)
+            shared = _Shared(forward, [layer.out_features for layer in group])
             for index, layer in enumerate(group):
-                vars(layer)["forward"] = product if len(group) == 1 else shared.part(index)
-        yield lambda group: found[group] if group in found else plain_product(group)
+                vars(layer)["forward"] = forward if len(group) == 1 else shared.part(index)
+        yield lambda group: packed[group] if group in packed else plain_product(group)
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
@@ -114,38 +114,35 @@ class _Shared:
 
 def _pack(
     groups: Sequence[Group], dtype: torch.dtype | None, rows: int | None
-) -> dict[Group, _Multiply]:
-    """Products by packed copies; that of a matrix which several layers share exists once.
+) -> dict[Group, Product]:
+    """Products by packed copies; that of matrices which several layers share exists once.
 
     By oneDNN's, for that many rows, or the own kernels' (None).
     """
-    packed: dict[tuple[int, ...], _Multiply] = {}
+    packed: dict[tuple[int, ...], Product] = {}
     for group in groups:
         if (at := _address(group)) not in packed:
-            weights = [layer.weight.detach() for layer in group]
-            cast = dtype or weights[0].dtype
-            packed[at] = _own(weights, cast) if rows is None else _onednn(weights, cast, rows)
+            cast = dtype or group[0].weight.dtype
+            packed[at] = _own(group, cast) if rows is None else _onednn(group, cast, rows)
     return {group: packed[_address(group)] for group in groups}
 
 
-def _own(weights: Sequence[Tensor], dtype: torch.dtype) -> _Multiply:
-    panels = native.cut_columns([weight.contiguous() for weight in weights], dtype)
-
-    def multiply(rows: Tensor, bias: Tensor | None) -> Tensor:
-        return native.multiply(rows.flatten(0, -2), panels, bias=bias).view(*rows.shape[:-1], -1)
-
-    return multiply
+def _own(group: Group, dtype: torch.dtype) -> Product:
+    weights, bias = [layer.weight.detach().contiguous() for layer in group], _bias(group, dtype)
+    panels = native.cut_columns(weights, dtype)
+    return lambda rows: native.multiply(rows, panels, bias=bias)
 
 
-def _onednn(weights: Sequence[Tensor], dtype: torch.dtype, rows: int) -> _Multiply:
-    cast = [weight.to(dtype) for weight in weights]
+def _onednn(group: Group, dtype: torch.dtype, rows: int) -> Product:
+    cast, bias = [layer.weight.detach().to(dtype) for layer in group], _bias(group, dtype)
     whole = torch.cat(cast) if len(cast) > 1 else cast[0]
     blocks = torch.ops.mkldnn._reorder_linear_weight(whole, rows)
-    return lambda rows, bias: torch.ops.mkldnn._linear_pointwise(rows, blocks, bias, "none", [], "")
+    return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, blocks, bias, "none", [], "")
 
 
 def _address(group: Group) -> tuple[int, ...]:
-    return tuple(layer.weight.data_ptr() for layer in group)
+    parameters = [(layer.weight, layer.bias) for layer in group]
+    return tuple(0 if p is None else p.data_ptr() for both in parameters for p in both)
 
 
 def _kinds(layers: Sequence[nn.Linear]) -> list[Tensor]:
@@ -173,21 +170,22 @@ def _is_supported(weight: Tensor, dtype: torch.dtype | None) -> bool:
     return True
 
 
-def _product(group: Group, multiply: _Multiply, dtype: torch.dtype | None) -> Product:
-    plain, addend = plain_product(group), _bias(group)
-    addend = addend if addend is None or dtype is None else addend.to(dtype)
+def _forward(group: Group, product: Product, dtype: torch.dtype | None) -> Product:
+    """A product for a model to call: rows of any shape and type, and autocast's rules."""
+    plain = plain_product(group)
 
     def forward(rows: Tensor) -> Tensor:
         # where a model turns autocast off (a router in float32, say), its own product is meant
         if dtype is not None and not torch.is_autocast_enabled("cpu"):
             return plain(rows)
         taken = rows if dtype is None else rows.to(dtype)
-        return multiply(taken, addend)
+        made = product(taken.reshape(-1, taken.shape[-1]))
+        return made.view(*taken.shape[:-1], made.shape[-1])
 
     return forward
 
 
-def _bias(group: Group) -> Tensor | None:
+def _bias(group: Group, dtype: torch.dtype) -> Tensor | None:
     """The layers' biases side by side, 0 for a layer without one; None if none has one."""
     if all(layer.bias is None for layer in group):
         return None
@@ -196,4 +194,4 @@ def _bias(group: Group) -> Tensor | None:
             layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
             for layer in group
         ]
-    ).detach()
+    ).to(dtype)
