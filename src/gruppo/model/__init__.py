@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gruppo.model.logprob import Scored, can_fuse, can_pack, completion_logp
     from gruppo.model.packaged import CATALOG, PackagedModel, cache_folder
     from gruppo.model.precision import cast_frozen, compute_dtype, is_autocast
-    from gruppo.model.products import Products, faster_products, multiplying
+    from gruppo.model.products import Products, choosing, faster_products, multiplying
     from gruppo.model.prompt import Encoder, end_ids
     from gruppo.model.source import Loaded, load
 
@@ -49,6 +49,7 @@ _HOMES = {
     "is_autocast": "gruppo.model.precision",
     "load": "gruppo.model.source",
     "merged_weights": "gruppo.model.adapter",
+    "choosing": "gruppo.model.products",
     "multiplying": "gruppo.model.products",
     "save_adapter": "gruppo.model.adapter",
     "summing": "gruppo.model.gradient",
@@ -70,6 +71,7 @@ __all__ = [
     "can_fuse",
     "can_pack",
     "cast_frozen",
+    "choosing",
     "completion_logp",
     "compute_dtype",
     "end_ids",

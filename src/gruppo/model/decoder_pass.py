@@ -26,7 +26,7 @@ from gruppo.model.gradient import give, give_rows
 from gruppo.model.joint import Joint, give_products
 from gruppo.model.packing import Packing
 from gruppo.model.parts import text_config
-from gruppo.model.products import Products, current_products, multiplying
+from gruppo.model.products import Products, choosing, current_products
 from gruppo.model.rectangle import ByProducts
 from gruppo.model.segments import Part, attend, attend_backward, cut
 
@@ -243,7 +243,7 @@ class _Layer(torch.autograd.Function):
         heads = _Heads(query, key, value)
         found = _Found(ctx.parameters, ctx.needs_input_grad[3:])
         carry = grad_outputs[0].contiguous()
-        with torch.autocast("cpu", enabled=False), multiplying(ctx.products):
+        with torch.autocast("cpu", enabled=False), choosing(ctx.products):
             joints = [linears.joint(rest[1:], row) for linears in plan.linears]
             query_key_value, out, gate_up, down = plan.linears
             grad = carry.to(row.dtype)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from gruppo.model.casts import Casts
 from gruppo.model.gradient import sums_up
 from gruppo.model.joint import Joint, add_product, give_products
-from gruppo.model.products import current_products, multiplying
+from gruppo.model.products import choosing, current_products
 from gruppo.model.rule import LogitRule
 from gruppo.native import can_softmax, pick, pick_gradient_
 
@@ -107,7 +107,7 @@ class FusedHead(torch.autograd.Function):
         grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp.contiguous()
         used = None if grad_entropy is None or not options.entropy else grad_entropy.contiguous()
         grads = _Gradients.zeros(hidden, weight, bias, ctx.needs_input_grad)
-        with torch.autocast(hidden.device.type, enabled=False), multiplying(ctx.products):
+        with torch.autocast(hidden.device.type, enabled=False), choosing(ctx.products):
             rows, joint = _cast(hidden, ctx.product), options.joint(weight, ctx.product)
             head = _Head(rows, joint, bias, options.rule, lse.dtype)
             for part in _slices(len(hidden), options.chunk):

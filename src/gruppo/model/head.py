@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from gruppo.model.casts import Casts
 from gruppo.model.fused import FusedHead, HeadOptions, wide_type
 from gruppo.model.parts import text_config
-from gruppo.model.products import Products, current_products, multiplying
+from gruppo.model.products import Products, choosing, current_products, taking_over
 from gruppo.model.rule import LogitRule
 
 
@@ -73,7 +73,7 @@ def _plain_chunk(
     head: nn.Module, hidden: Tensor, tokens: Tensor, options: tuple[LogitRule, bool, Products]
 ) -> tuple[Tensor, Tensor]:
     rule, entropy, products = options
-    with multiplying(products):
+    with choosing(products), taking_over():
         logits = head(hidden).to(wide_type(hidden.dtype))
     full = torch.log_softmax(rule.apply(logits), -1)
     logp = full.gather(-1, tokens[:, None])[:, 0]

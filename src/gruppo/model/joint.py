@@ -12,12 +12,12 @@ from typing import final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from gruppo import native
 from gruppo.model.casts import Casts, joined
 from gruppo.model.gradient import add, give, sums_up
-from gruppo.model.products import current_products
+from gruppo.model.products import current_products, multiply
 
 
 @final
@@ -47,7 +47,7 @@ class Joint:
             if "forward" not in self._panels:
                 self._panels["forward"] = native.cut_columns(self._weights, self._dtype)
             return native.multiply(rows, self._panels["forward"], bias=bias)
-        return nn.functional.linear(rows, self._matrix(), bias)
+        return multiply(rows, self._matrix(), bias)
 
     def backward(self, grad: Float[Tensor, "N O"], *, wide: bool = False) -> Float[Tensor, "N I"]:
         """``grad W``: the gradient of the rows, in the products' type.
@@ -59,7 +59,7 @@ class Joint:
                 self._panels["backward"] = native.cut_rows(self._weights, self._dtype)
             dtype = torch.float32 if wide else self._dtype
             return native.multiply(grad, self._panels["backward"], dtype=dtype)
-        return grad @ self._matrix()
+        return multiply(grad, self._matrix().t())
 
     def _matrix(self) -> Tensor:
         if self._casts is None:
@@ -99,7 +99,7 @@ def give_products(
             _give_native(weight, part, panels) if is_wanted else None
             for weight, part, is_wanted in zip(weights, grad.split(sizes, 1), wanted, strict=True)
         ]
-    parts = (grad.t() @ rows).split(sizes)
+    parts = multiply(grad.t(), rows.t()).split(sizes)
     return [
         give(weight, part) if is_wanted else None
         for weight, part, is_wanted in zip(weights, parts, wanted, strict=True)
@@ -121,4 +121,4 @@ def add_product(total: Tensor, grad: Float[Tensor, "N O"], rows: Float[Tensor, "
     elif total.dtype == rows.dtype and current_products() == "torch":
         total.addmm_(grad.t(), rows)
     else:
-        add(total, grad.t() @ rows)
+        add(total, multiply(grad.t(), rows.t()))

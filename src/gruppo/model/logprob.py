@@ -21,6 +21,7 @@ from gruppo.model.decoder_pass import decoder_states, find_pass
 from gruppo.model.head import logit_rule, token_logp
 from gruppo.model.packing import Packing, pack
 from gruppo.model.parts import body, causal, device_of, embedding, head
+from gruppo.model.products import taking_over
 from gruppo.model.thrift import thrifty
 
 
@@ -86,7 +87,8 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
     if decoder is not None:
         states = decoder_states(decoder, pack(prompts, tokens, counts), casts)
     else:
-        states = (_packed_states if packed else _plain_states)(model, prompts, tokens, counts)
+        with taking_over():
+            states = (_packed_states if packed else _plain_states)(model, prompts, tokens, counts)
     logp, spread = token_logp(
         head(model),
         states,

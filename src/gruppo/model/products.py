@@ -9,12 +9,13 @@ are not. So it is measured. Results differ by rounding, hence a run records its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
@@ -58,12 +59,39 @@ def multiplying(products: Products) -> Iterator[None]:
     by the same library wherever the backward pass runs. What is recomputed in a backward pass
     (gradient checkpointing) is not, so that and other products than torch's do not go together.
     """
+    with choosing(products), taking_over():
+        yield
+
+
+@contextmanager
+def choosing(products: Products) -> Iterator[None]:
+    """The same for what asks: :func:`multiply`, ``Joint`` and what is within ``taking_over``."""
     token = _CURRENT.set(products)
     try:
-        with _Others(products) if _can(products, torch.float32) else nullcontext():
-            yield
+        yield
     finally:
         _CURRENT.reset(token)
+
+
+def taking_over() -> AbstractContextManager[object]:
+    """Within, modules' own float32 products are made by what multiplies now.
+
+    It stands between Python and every call of torch, so only where modules multiply.
+    """
+    products = _CURRENT.get()
+    if not _can(products, torch.float32) or torch.is_autocast_enabled("cpu"):
+        return nullcontext()
+    return _Others(products)
+
+
+def multiply(
+    left: Float[Tensor, "N I"],
+    right: Float[Tensor, "O I"],
+    bias: Float[Tensor, "O"] | None = None,
+) -> Float[Tensor, "N O"]:
+    """``left`` times ``right`` transposed, plus ``bias``, by what multiplies now."""
+    products = _CURRENT.get() if _is_ours(left, right) else "torch"
+    return _MULTIPLY[products](left, right, bias)
 
 
 def current_products() -> Products:

@@ -21,7 +21,8 @@ namespace {
 constexpr int kAcross = 3;                       // vectors of a panel's width
 constexpr int kDown = kRegisters >= 32 ? 8 : 4;  // rows of a block: sums fill the registers
 constexpr int kPanel = kAcross * kLanes;
-constexpr int64_t kChunk = 256;   // rows that one thread multiplies by a panel at a time
+constexpr int64_t kChunk = 256;   // most rows that one thread takes at a time ...
+constexpr int64_t kHeld = 400 << 10;  // ... and most bytes: they stay in the second cache
 constexpr int64_t kInner = 1024;  // lanes of a panel that stay in the second cache
 
 constexpr int kLine = 64;         // bytes the processor fetches at once
@@ -214,8 +215,9 @@ void chunk(int64_t rows, Left<T> left, const T* panel, int64_t depth, const T* a
 }
 
 // Rows a thread takes at a time: fewer where there would not be work for all.
-int64_t chunk_of(int64_t rows, int64_t panels) {
+int64_t chunk_of(int64_t rows, int64_t panels, int64_t row_bytes) {
   int64_t size = kChunk;
+  while (size > 2 * kDown && size * row_bytes > kHeld) size /= 2;
   while (size > 2 * kDown && panels * ((rows + size - 1) / size) < 4 * omp_get_max_threads())
     size /= 2;
   return size;
@@ -226,14 +228,15 @@ void multiply(int64_t rows, int64_t inner, int64_t stride, const T* left, const 
               Result<C> result) {
   constexpr int kDeep = Parts<T>::kDeep;
   const int64_t depth = depth_of<T>(inner), panels = panels_of(result.columns);
-  const int64_t size = chunk_of(rows, panels), chunks = (rows + size - 1) / size;
+  const int64_t size = chunk_of(rows, panels, inner * sizeof(T));
+  const int64_t chunks = (rows + size - 1) / size;
 #pragma omp parallel for schedule(static) collapse(2)
-  for (int64_t panel = 0; panel < panels; ++panel)
-    for (int64_t c = 0; c < chunks; ++c) {
+  for (int64_t c = 0; c < chunks; ++c)
+    for (int64_t panel = 0; panel < panels; ++panel) {
       const T* from = right + panel * depth * kPanel * kDeep;
       const int64_t row = c * size;
       chunk<T, C>(std::min(size, rows - row), {left + row * stride, stride, kDeep}, from, depth,
-                  c ? nullptr : from + depth * kPanel * kDeep, panel * kPanel, result.below(row));
+                  from + depth * kPanel * kDeep, panel * kPanel, result.below(row));
     }
 }
 

@@ -28,11 +28,11 @@ from gruppo.model import (
     can_fuse,
     can_pack,
     cast_frozen,
+    choosing,
     completion_logp,
     is_adapted,
     is_autocast,
     merged_weights,
-    multiplying,
     save_adapter,
     summing,
     without_adapter,
@@ -304,7 +304,7 @@ class Policy:
         # without a gradient a layer's copies are let go with the layer
         keeps = model is self.model and torch.is_grad_enabled()
         half = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._autocast)
-        with half, multiplying(self._products):
+        with half, choosing(self._products):
             return completion_logp(
                 model,
                 prompts,
