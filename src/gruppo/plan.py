@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from gruppo import dist
+from gruppo.model import Products
 from gruppo.model.classifier import classifier_bytes
 from gruppo.model.footprint import Footprint, Shape, footprint
 from gruppo.model.fused import kept_positions
@@ -129,6 +131,7 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
     length = prompt_tokens or recipe.data.max_prompt_tokens or USUAL_PROMPT
     compute = torch.bfloat16 if model.compute == "bfloat16" else torch.float32
     groups = _groups(recipe, length)
+    products: Products = "torch" if model.products == "auto" else model.products
     found = footprint(
         model.name,
         Shape(prompts=[length] * len(groups), group=max(groups), completion=rollout.max_tokens),
@@ -137,7 +140,7 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
         compute=compute,
         gradient_checkpointing=model.gradient_checkpointing,
         thrift=model.device == "cpu",
-        products="torch" if model.products == "auto" else model.products,
+        products=products,
     )
     needs_reference = recipe.objective.build(max_tokens=rollout.max_tokens).needs_reference
     copied = needs_reference and (model.lora is None or recipe.train.reference_sync_steps > 0)
@@ -152,7 +155,7 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
         moments=2 * found.trainable,
         reference=found.weights if copied else 0,
         activations=found.saved + found.copies,
-        head=_head(found, sum(groups) * rollout.max_tokens, cpu=model.device == "cpu"),
+        head=_head(found, sum(groups) * rollout.max_tokens, products, cpu=model.device == "cpu"),
         cache=cache,
         packed=packed,
         kept=_kept(model.device, cache + packed),
@@ -220,14 +223,21 @@ def _cache(recipe: Recipe, found: Footprint, prompt: int) -> int:
     return (rows * columns + -(-rows // size) * prompt) * found.cache_per_token
 
 
-def _head(found: Footprint, positions: int, *, cpu: bool) -> int:
+def _head(found: Footprint, positions: int, products: Products, *, cpu: bool) -> int:
     """Logits that are kept, a chunk of others, and a product that is added to the gradient."""
     kept = kept_positions(positions, _CHUNK, found.logits)
     # elsewhere than on a CPU the softmax is a tensor beside the logits
     made = (kept < positions) + (not cpu)
-    # with several ranks on a CPU it is a float32 matrix, made whole
-    product = found.head * found.logits // found.vocabulary
-    return (kept + made * _CHUNK) * found.logits + product * (found.trainable >= found.head)
+    trained = found.trainable >= found.head
+    return (kept + made * _CHUNK) * found.logits + trained * _head_product(found, products)
+
+
+def _head_product(found: Footprint, products: Products) -> int:
+    """A product that is added to the head's gradient: whole in float32 for a wrapper of ranks."""
+    if dist.world_size() > 1:
+        return found.head
+    # the own kernels add what leaves their registers
+    return 0 if products == "native" else found.head * found.logits // found.vocabulary
 
 
 def _resident() -> int:

@@ -97,6 +97,7 @@ def recipe(tiny_folder, *changes: str):
     settings = {
         "model.name": str(tiny_folder),
         "model.compute": "float32",
+        "model.products": "torch",
         "rollout.prompts_per_step": "3",
         "rollout.group_size": "4",
         "rollout.max_tokens": "20",
@@ -140,6 +141,11 @@ def test_the_head_keeps_logits_up_to_its_budget(tiny_folder, monkeypatch):
     monkeypatch.setattr(fused, "KEPT_BYTES", 100)
     monkeypatch.setattr(plan, "_CHUNK", 32)
     assert plan.memory(recipe(tiny_folder), prompt_tokens=10).head == 32 * 258 * 4 + trained
+    own = plan.memory(recipe(tiny_folder, "model.products=native"), prompt_tokens=10)
+    assert own.head == 32 * 258 * 4  # the gradient is added as it is made
+    monkeypatch.setattr(plan.dist, "world_size", lambda: 2)
+    own = plan.memory(recipe(tiny_folder, "model.products=native"), prompt_tokens=10)
+    assert own.head == 32 * 258 * 4 + trained
 
 
 def test_parts_follow_the_recipe(tiny_folder):
