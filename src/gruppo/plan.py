@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from gruppo import dist
-from gruppo.model import Products
+from gruppo.model import Products, can_choose
 from gruppo.model.classifier import classifier_bytes
 from gruppo.model.footprint import Footprint, Shape, footprint
 from gruppo.model.fused import kept_positions
@@ -131,7 +131,8 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
     length = prompt_tokens or recipe.data.max_prompt_tokens or USUAL_PROMPT
     compute = torch.bfloat16 if model.compute == "bfloat16" else torch.float32
     groups = _groups(recipe, length)
-    products: Products = "torch" if model.products == "auto" else model.products
+    asked = model.products  # pinned, so never "auto"
+    products: Products = asked if asked != "auto" and can_choose(asked, compute) else "torch"
     found = footprint(
         model.name,
         Shape(prompts=[length] * len(groups), group=max(groups), completion=rollout.max_tokens),

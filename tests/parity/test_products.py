@@ -7,6 +7,7 @@ from torch import nn
 from gruppo import native
 from gruppo.model import Lora, attach, faster_products, load, multiplying, products
 from gruppo.policy import Optim, Policy
+from gruppo.recipe import build
 from gruppo.recipe.build import pin
 from gruppo.recipe.recipe import ModelSection
 
@@ -31,14 +32,14 @@ def made(monkeypatch):
 
         return spy
 
-    assert products._can("onednn", torch.float32)
+    assert products.can_choose("onednn", torch.float32)
     monkeypatch.setitem(products._MULTIPLY, "onednn", spied(products._onednn))
     monkeypatch.setattr(native, "multiply", spied(native.multiply))
     return shapes
 
 
 def needs(library):
-    if not products._can(library, torch.float32):
+    if not products.can_choose(library, torch.float32):
         pytest.skip(f"no {library} products here")
 
 
@@ -143,7 +144,7 @@ def test_other_types_are_left_alone(made, dtype, library):
 def test_the_fastest_library_is_chosen(monkeypatch, tmp_path, seconds, chosen):
     monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path))
     there = ("torch", "onednn", "native")[: len(seconds)]
-    monkeypatch.setattr(products, "_can", lambda kind, dtype: kind in there)
+    monkeypatch.setattr(products, "can_choose", lambda kind, dtype: kind in there)
     monkeypatch.setattr(products, "fastest", lambda works, repeats: list(seconds))
     products._measured.cache_clear()
     try:
@@ -162,10 +163,34 @@ def test_every_library_is_really_timed(monkeypatch, tmp_path):
     products._measured.cache_clear()
     try:
         for compute in (torch.float32, torch.bfloat16):
-            there = {"torch", *(kind for kind in OTHERS if products._can(kind, compute))}
+            there = {"torch", *(kind for kind in OTHERS if products.can_choose(kind, compute))}
             assert faster_products("cpu", compute) in there
     finally:
         products._measured.cache_clear()
+
+
+def test_where_others_cannot_be_had_it_is_torch(monkeypatch, made):
+    monkeypatch.setattr(products, "can_choose", lambda kind, compute: False)
+    with multiplying("native"):
+        assert products.current_products() == "torch"
+        assert torch.equal(nn.Linear(2, 3, bias=False)(torch.zeros(1, 2)), torch.zeros(1, 3))
+    assert made == []
+    assert faster_products("cpu", torch.float32) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "here", "told"),
+    [
+        ("torch", True, ""),
+        ("onednn", True, " by oneDNN"),
+        ("native", True, " by own kernels"),
+        ("native", False, ' by torch (products = "native" cannot be had here in that type)'),
+    ],
+)
+def test_what_multiplies_is_told(monkeypatch, chosen, here, told):
+    monkeypatch.setattr(build, "can_choose", lambda kind, compute: here)
+    assert build._told(chosen, "cpu", torch.float32) == told
+    assert build._told(chosen, "cuda:0", torch.float32) == ""
 
 
 @pytest.mark.parametrize("library", OTHERS)

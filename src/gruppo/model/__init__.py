@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from gruppo.model.logprob import Scored, can_fuse, can_pack, completion_logp
     from gruppo.model.packaged import CATALOG, PackagedModel, cache_folder
     from gruppo.model.precision import cast_frozen, compute_dtype, is_autocast
-    from gruppo.model.products import Products, choosing, faster_products, multiplying
+    from gruppo.model.products import (
+        Products,
+        can_choose,
+        choosing,
+        faster_products,
+        multiplying,
+    )
     from gruppo.model.prompt import Encoder, end_ids
     from gruppo.model.source import Loaded, load
 
@@ -38,9 +44,11 @@ _HOMES = {
     "attach": "gruppo.model.adapter",
     "base_model": "gruppo.model.adapter",
     "cache_folder": "gruppo.model.packaged",
+    "can_choose": "gruppo.model.products",
     "can_fuse": "gruppo.model.logprob",
     "can_pack": "gruppo.model.logprob",
     "cast_frozen": "gruppo.model.precision",
+    "choosing": "gruppo.model.products",
     "completion_logp": "gruppo.model.logprob",
     "compute_dtype": "gruppo.model.precision",
     "end_ids": "gruppo.model.prompt",
@@ -49,7 +57,6 @@ _HOMES = {
     "is_autocast": "gruppo.model.precision",
     "load": "gruppo.model.source",
     "merged_weights": "gruppo.model.adapter",
-    "choosing": "gruppo.model.products",
     "multiplying": "gruppo.model.products",
     "save_adapter": "gruppo.model.adapter",
     "summing": "gruppo.model.gradient",
@@ -68,6 +75,7 @@ __all__ = [
     "attach",
     "base_model",
     "cache_folder",
+    "can_choose",
     "can_fuse",
     "can_pack",
     "cast_frozen",

@@ -119,7 +119,7 @@ def copied_bytes(decoder: Decoder, *, dtype: torch.dtype, products: Products) ->
     joints = [joint for layer in decoder.layers for joint in layer.joints] + [decoder.head]
     sizes = [sum(module.weight.numel() for module in joint) * dtype.itemsize for joint in joints]
     if products == "native":
-        return max(sizes)
+        return max(*sizes, 2 * sizes[-1])  # of the head both ways, where logits are made again
     whole = [len(joint) == 1 and joint[0].weight.dtype == dtype for joint in joints]
     return sum(size for size, is_whole in zip(sizes, whole, strict=True) if not is_whole)
 
@@ -162,8 +162,16 @@ class _Linears:
     sizes: tuple[int, ...]
 
     def joint(self, parameters: Sequence[Tensor], row: _Row) -> Joint:
-        """Their matrix."""
+        """Their matrix, for one product: what it is cut into goes with it."""
         return Joint([parameters[at] for at in self.weights], row.dtype, row.casts)
+
+    def forward(self, rows: Tensor, parameters: Sequence[Tensor], row: _Row) -> Tensor:
+        """All their results side by side."""
+        return self.joint(parameters, row).forward(rows, self.bias(parameters, row.dtype))
+
+    def backward(self, grad: Tensor, parameters: Sequence[Tensor], row: _Row) -> Tensor:
+        """The gradient of the rows they took."""
+        return self.joint(parameters, row).backward(grad)
 
     def bias(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "O"] | None:
         """The layers' biases side by side, 0 for a layer without one; None if none has one."""
@@ -212,53 +220,54 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, row: _Row, plan: _Plan, *parameters: Tensor) -> Tensor:
         dtype = row.dtype
-        joints = [linears.joint(parameters, row) for linears in plan.linears]
-        biases = [linears.bias(parameters, dtype) for linears in plan.linears]
+        query_key_value, out, gate_up, down = plan.linears
         first, second = parameters[0].detach(), parameters[1].detach()
         _, normed, scale = native.norm_forward(
             hidden, None, weight=first, epsilon=plan.epsilons[0], dtype=dtype
         )
-        heads = _Heads.of(joints[0].forward(normed, biases[0]), row, plan)
+        heads = _Heads.of(query_key_value.forward(normed, parameters, row), row, plan)
         mixed = normed.new_empty(len(hidden), plan.mixed)
         lse = attend(heads.way(plan), row.parts, heads.view(mixed))
-        update = joints[1].forward(mixed, biases[1])
+        update = out.forward(mixed, parameters, row)
         between, normed, _ = native.norm_forward(
             hidden, update, weight=second, epsilon=plan.epsilons[1], dtype=dtype
         )
-        gates = joints[2].forward(normed, biases[2])
+        gates = gate_up.forward(normed, parameters, row)
         # parameters too, so that autograd sees changes in place
         ctx.save_for_backward(
             *(hidden, scale, heads.query, heads.key, heads.value, mixed, lse, update, gates),
             *parameters,
         )
         ctx.row, ctx.plan, ctx.products, ctx.parameters = row, plan, current_products(), parameters
-        return between + joints[3].forward(native.swiglu(gates), biases[3])
+        return between + down.forward(native.swiglu(gates), parameters, row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         hidden, scale, query, key, value, mixed, lse, update, *rest = ctx.saved_tensors
         gates, first, second, *_ = rest
-        row, plan = ctx.row, ctx.plan
+        # not what was saved of the parameters: another tensor may have come back
+        row, plan, parameters = ctx.row, ctx.plan, ctx.parameters
         heads = _Heads(query, key, value)
-        found = _Found(ctx.parameters, ctx.needs_input_grad[3:])
+        found = _Found(parameters, ctx.needs_input_grad[3:])
         carry = grad_outputs[0].contiguous()
         with torch.autocast("cpu", enabled=False), choosing(ctx.products):
-            joints = [linears.joint(rest[1:], row) for linears in plan.linears]
             query_key_value, out, gate_up, down = plan.linears
             grad = carry.to(row.dtype)
-            to_gates, opened = native.swiglu_backward(gates, joints[3].backward(grad))
+            to_gates, opened = native.swiglu_backward(
+                gates, down.backward(grad, parameters, row)
+            )
             found.add(down, grad, opened)
             # made again: it is as large as all heads together
             between, _, other = native.norm_forward(
                 hidden, update, weight=second, epsilon=plan.epsilons[1], dtype=row.dtype
             )
             carry, grad, normed, of_norm = native.norm_backward(
-                between, second, scale=other, grad=joints[2].backward(to_gates), carry=carry
+                between, second, scale=other, grad=gate_up.backward(to_gates, parameters, row), carry=carry
             )
             found.add_norm(1, of_norm)
             found.add(gate_up, to_gates, normed)
-            given = heads.view(joints[1].backward(grad))
+            given = heads.view(out.backward(grad, parameters, row))
             found.add(out, grad, mixed)
             sums = attend_backward(
                 heads.way(plan), row.parts, given, out=heads.view(mixed), lse=lse
@@ -267,7 +276,7 @@ class _Layer(torch.autograd.Function):
                 sums.query, sums.key, sums.value, row.cosine, row.sine, dtype=row.dtype
             )
             carry, _, normed, of_norm = native.norm_backward(
-                hidden, first, scale=scale, grad=joints[0].backward(packed), carry=carry
+                hidden, first, scale=scale, grad=query_key_value.backward(packed, parameters, row), carry=carry
             )
             found.add_norm(0, of_norm)
             found.add(query_key_value, packed, normed)

@@ -106,7 +106,7 @@ def footprint(  # noqa: PLR0913 - a model, and what decides how it is computed
         width = _head_width(text_config(model))
         kept = kept_bytes(decoder, packing, dtype=compute, head_width=width)
         copies = copied_bytes(decoder, dtype=compute, products=products)
-        return _count(model, known, (kept, copies), compute, thrift=thrift)
+        return _count(model, known, compute, saved=kept, copies=copies, thrift=thrift)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _pretend(model)
         weights = {_key(p): p for p in model.parameters()}
@@ -122,7 +122,9 @@ def footprint(  # noqa: PLR0913 - a model, and what decides how it is computed
         ):
             states = packed_states(model, packing)
         del states
-    return _count(model, weights, (sum(saved.values()), 0), compute, thrift=thrift)
+    return _count(
+        model, weights, compute, saved=sum(saved.values()), copies=0, thrift=thrift
+    )
 
 
 def _skeleton(
@@ -153,9 +155,10 @@ def _pretend(model: nn.Module) -> None:
 def _count(
     model: nn.Module,
     weights: dict[int, nn.Parameter],
-    held: tuple[int, int],
     compute: torch.dtype,
     *,
+    saved: int,
+    copies: int,
     thrift: bool,
 ) -> Footprint:
     config = text_config(model)
@@ -173,8 +176,8 @@ def _count(
         trainable=sum(p.nbytes for p in trainable),
         largest=max(p.nbytes for p in trainable),
         linears=sum(w.numel() * item for w in linears.values()),
-        saved=held[0],
-        copies=held[1],
+        saved=saved,
+        copies=copies,
         head=output.weight.nbytes,
         vocabulary=rows * 4,
         logits=rows * (item if narrow else 4),

@@ -39,9 +39,9 @@ class HeadOptions:
     keep: bool
     casts: Casts | None = None
 
-    def joint(self, weight: Tensor, dtype: torch.dtype | None) -> Joint:
-        """The weight as products in ``dtype`` (None: its own) take it."""
-        return Joint([weight], dtype or weight.dtype, self.casts)
+    def joint(self, weight: Tensor, rows: Tensor) -> Joint:
+        """The weight as products with ``rows`` take it."""
+        return Joint([weight], rows.dtype, self.casts)
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:
@@ -81,8 +81,8 @@ class FusedHead(torch.autograd.Function):
         needed = options.keep and any(ctx.needs_input_grad)
         kept: dict[int, Tensor] = {}
         with torch.autocast(kind, enabled=False):
-            joint = options.joint(weight, product)
-            head = _Head(_cast(hidden, product), joint, bias, options.rule, wide)
+            rows = _cast(hidden, product)
+            head = _Head(rows, options.joint(weight, rows), bias, options.rule, wide)
             for part in _slices(len(hidden), options.chunk):
                 z = head.logits(part)
                 logp[part], lse[part], spread[part] = head.pick(z, tokens[part], options.entropy)
@@ -108,8 +108,8 @@ class FusedHead(torch.autograd.Function):
         used = None if grad_entropy is None or not options.entropy else grad_entropy.contiguous()
         grads = _Gradients.zeros(hidden, weight, bias, ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False), choosing(ctx.products):
-            rows, joint = _cast(hidden, ctx.product), options.joint(weight, ctx.product)
-            head = _Head(rows, joint, bias, options.rule, lse.dtype)
+            rows = _cast(hidden, ctx.product)
+            head = _Head(rows, options.joint(weight, rows), bias, options.rule, lse.dtype)
             for part in _slices(len(hidden), options.chunk):
                 # taken out: they become the gradient, so a second backward pass makes them anew
                 z = ctx.kept.pop(part.start, None)
@@ -118,7 +118,7 @@ class FusedHead(torch.autograd.Function):
                 dz = head.gradient_(
                     z, tokens[part], (lse[part], spread[part]), (grad_logp[part], given)
                 )
-                grads.add(part, dz, rows[part], joint)
+                grads.add(part, dz, rows[part], head.joint)
                 del z, dz
         return grads.hidden, grads.of_weight(weight), grads.bias, None, None
 

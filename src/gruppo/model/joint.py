@@ -1,8 +1,8 @@
 """Linear layers that read the same rows, as one matrix: its products and their gradients.
 
-By the library in force (``products.py``): torch multiplies by a joint copy in the products' type,
-which is kept from pass to pass; the own kernels by panels that are cut from the weights as they
-are, for this one product, and they sum up the weights' gradients in float32.
+By what multiplies now (``products.py``): torch takes a joint copy in the products' type, which is
+kept from pass to pass; the own kernels take panels that are cut from the weights as they are and
+live as long as the :class:`Joint`, and they sum up the weights' gradients in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from gruppo import native
 from gruppo.model.casts import Casts, joined
 from gruppo.model.gradient import add, give, sums_up
-from gruppo.model.products import current_products, multiply
+from gruppo.model.products import current_products, is_plain, multiply
 
 
 @final
@@ -37,7 +37,10 @@ class Joint:
         self._dtype = dtype
         self._casts = casts
         self._panels: dict[str, native.Panels] = {}
-        self._is_native = all(is_native(w, dtype) and w.is_contiguous() for w in self._weights)
+        self._whole: Tensor | None = None
+        self._is_native = len({weight.dtype for weight in weights}) == 1 and all(
+            is_native(weight, dtype) and weight.is_contiguous() for weight in weights
+        )
 
     def forward(
         self, rows: Float[Tensor, "N I"], bias: Float[Tensor, "O"] | None = None
@@ -62,15 +65,17 @@ class Joint:
         return multiply(grad, self._matrix().t())
 
     def _matrix(self) -> Tensor:
-        if self._casts is None:
-            return joined(self._weights, self._dtype)
-        return self._casts.of(self._weights, self._dtype)
+        if self._whole is None:
+            made = joined if self._casts is None else self._casts.of
+            self._whole = made(self._weights, self._dtype)
+        return self._whole
 
 
 def is_native(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether the own kernels multiply such matrices in ``dtype`` now."""
     return (
         current_products() == "native"
+        and is_plain(tensor)
         and tensor.device.type == "cpu"
         and tensor.dtype in (torch.float32, torch.bfloat16)
         and native.can_multiply(dtype)
@@ -94,7 +99,7 @@ def give_products(
     """
     sizes = [len(weight) for weight in weights]
     if is_native(rows, rows.dtype):
-        panels = native.cut_rows([rows], rows.dtype)
+        panels = native.cut_rows([rows.contiguous()], rows.dtype)
         return [
             _give_native(weight, part, panels) if is_wanted else None
             for weight, part, is_wanted in zip(weights, grad.split(sizes, 1), wanted, strict=True)
@@ -108,16 +113,21 @@ def give_products(
 
 def _give_native(weight: Tensor, grad: Tensor, rows: native.Panels) -> Tensor | None:
     total = weight.grad if sums_up(weight) else None
-    if total is None or total.dtype != torch.float32 or not total.is_contiguous():
+    if total is None or not _is_sum(total):
         return give(weight, native.multiply(grad.t(), rows, dtype=torch.float32))
     native.multiply(grad.t(), rows, total=total)
     return None
 
 
+def _is_sum(total: Tensor) -> bool:
+    """Whether the own kernels can add to it."""
+    return is_plain(total) and total.dtype == torch.float32 and total.is_contiguous()
+
+
 def add_product(total: Tensor, grad: Float[Tensor, "N O"], rows: Float[Tensor, "N I"]) -> None:
     """``total += grad^T rows``, for a sum over parts of the rows."""
-    if is_native(rows, rows.dtype) and total.dtype == torch.float32:
-        native.multiply(grad.t(), native.cut_rows([rows], rows.dtype), total=total)
+    if is_native(rows, rows.dtype) and _is_sum(total):
+        native.multiply(grad.t(), native.cut_rows([rows.contiguous()], rows.dtype), total=total)
     elif total.dtype == rows.dtype and current_products() == "torch":
         total.addmm_(grad.t(), rows)
     else:

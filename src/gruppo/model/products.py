@@ -44,10 +44,24 @@ def faster_products(device: torch.device | str, compute: torch.dtype) -> Product
     >>> faster_products("cpu", torch.float64)
     'torch'
     """
-    kinds = ["torch", *(kind for kind in ("onednn", "native") if _can(kind, compute))]
+    kinds = ["torch", *(kind for kind in ("onednn", "native") if can_choose(kind, compute))]
     if torch.device(device).type != "cpu" or len(kinds) == 1:
         return "torch"
     return _measured(compute, tuple(kinds))
+
+
+@cache
+def can_choose(products: str, compute: torch.dtype) -> bool:
+    """Whether these products, of those that are not torch's, can be had here in ``compute``."""
+    if products == "native":
+        return native.can_multiply(compute)
+    if products == "torch" or compute != torch.float32 or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        _onednn(torch.ones(2, 3), torch.ones(2, 3))
+    except (RuntimeError, AttributeError, NotImplementedError):  # an operator of another version
+        return False
+    return True
 
 
 @contextmanager
@@ -58,6 +72,7 @@ def multiplying(products: Products) -> Iterator[None]:
     rows and of the head (``joint.py``); elsewhere bfloat16 products are torch's. Gradients are made
     by the same library wherever the backward pass runs. What is recomputed in a backward pass
     (gradient checkpointing) is not, so that and other products than torch's do not go together.
+    Within, nobody else's choice gives modules' own products back to torch.
     """
     with choosing(products), taking_over():
         yield
@@ -66,7 +81,8 @@ def multiplying(products: Products) -> Iterator[None]:
 @contextmanager
 def choosing(products: Products) -> Iterator[None]:
     """The same for what asks: :func:`multiply`, ``Joint`` and what is within ``taking_over``."""
-    token = _CURRENT.set(products)
+    chosen: Products = products if can_choose(products, torch.float32) else "torch"
+    token = _CURRENT.set(chosen)
     try:
         yield
     finally:
@@ -79,9 +95,9 @@ def taking_over() -> AbstractContextManager[object]:
     It stands between Python and every call of torch, so only where modules multiply.
     """
     products = _CURRENT.get()
-    if not _can(products, torch.float32) or torch.is_autocast_enabled("cpu"):
+    if products == "torch" or torch.is_autocast_enabled("cpu"):
         return nullcontext()
-    return _Others(products)
+    return _Instead(products)
 
 
 def multiply(
@@ -90,7 +106,7 @@ def multiply(
     bias: Float[Tensor, "O"] | None = None,
 ) -> Float[Tensor, "N O"]:
     """``left`` times ``right`` transposed, plus ``bias``, by what multiplies now."""
-    products = _CURRENT.get() if _is_ours(left, right) else "torch"
+    products = _CURRENT.get() if _is_ours(left, right, bias) else "torch"
     return _MULTIPLY[products](left, right, bias)
 
 
@@ -99,8 +115,13 @@ def current_products() -> Products:
     return _CURRENT.get()
 
 
-class _Others(TorchFunctionMode):
-    """Takes over linear layers and products of two float32 matrices; all else is torch's."""
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its memory is what torch says: of a wrapper's (quantised, sharded) it is not known."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+class _Instead(TorchFunctionMode):
+    """Takes linear layers and products of two float32 matrices from torch; all else stays."""
 
     def __init__(self, products: Products) -> None:
         super().__init__()
@@ -115,16 +136,19 @@ class _Others(TorchFunctionMode):
     ) -> Any:
         del types
         if not kwargs:
-            if func is nn.functional.linear and _is_ours(args[0], args[1]):
+            if func is nn.functional.linear and _is_ours(*args):
                 return _linear(self._products, *args)
             if func in _PRODUCTS and args[0].dim() == args[1].dim() == 2 and _is_ours(*args):
                 return _linear(self._products, args[0], args[1].t())
         return func(*args, **(kwargs or {}))
 
 
-def _is_ours(left: Tensor, right: Tensor) -> bool:
+def _is_ours(left: Tensor, right: Tensor, bias: Tensor | None = None) -> bool:
     return (
-        left.dtype == right.dtype == torch.float32
+        is_plain(left)
+        and is_plain(right)
+        and (bias is None or (is_plain(bias) and bias.shape == right.shape[:1]))
+        and left.dtype == right.dtype == torch.float32
         and left.dim() > 1
         and left.device.type == right.device.type == "cpu"
         and right.dim() == 2
@@ -191,26 +215,15 @@ _MULTIPLY: dict[Products, Callable[..., Tensor]] = {
 
 
 @cache
-def _can(products: str, dtype: torch.dtype) -> bool:
-    """Whether other products than torch's can be had in ``dtype``, for float32 matrices or all."""
-    if products == "native":
-        return native.can_multiply(dtype)
-    if products == "torch" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        _onednn(torch.ones(2, 3), torch.ones(2, 3))
-    except (RuntimeError, AttributeError, NotImplementedError):  # an operator of another version
-        return False
-    return True
-
-
-@cache
 def _measured(compute: torch.dtype, kinds: tuple[Products, ...]) -> Products:
     found = remembered(
         "products",
         kinds,
         lambda: _compared(compute, kinds),
-        depends_on=(torch.__version__, str(torch.get_num_threads()), str(compute), *kinds),
+        depends_on=(
+            *(torch.__version__, str(torch.get_num_threads()), str(compute)),
+            *(*kinds, native.identity()),
+        ),
     )
     return next(kind for kind in kinds if kind == found)
 
@@ -229,5 +242,4 @@ def _compared(compute: torch.dtype, kinds: Sequence[Products]) -> Products:
         "onednn": seconds.get("onednn", float("inf")) * _ONEDNN_WORTHWHILE,
         "native": seconds.get("native", float("inf")) * _NATIVE_WORTHWHILE,
     }
-    cheapest = min(costs[kind] for kind in kinds)
-    return next(kind for kind in kinds if costs[kind] == cheapest)
+    return min(kinds, key=lambda kind: costs[kind])

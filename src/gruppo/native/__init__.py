@@ -4,7 +4,7 @@ Each has an equal in plain torch, which is used where no compiler is found.
 """
 
 from gruppo.native.attention import can_attend, decode_attention
-from gruppo.native.compiled import kernels
+from gruppo.native.compiled import identity, kernels
 from gruppo.native.layer import add_norm, rotate_and_keep, swiglu
 from gruppo.native.product import Panels, can_multiply, cut_columns, cut_rows, multiply
 from gruppo.native.sampling import can_sample, sample
@@ -34,6 +34,7 @@ __all__ = [
     "cut_columns",
     "cut_rows",
     "decode_attention",
+    "identity",
     "join_heads",
     "kernels",
     "multiply",

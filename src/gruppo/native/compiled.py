@@ -52,6 +52,12 @@ def kernels() -> ctypes.CDLL | None:
         return None
 
 
+def identity() -> str:
+    """Names what was compiled, by what and for which processor; empty where there are none."""
+    compiled = kernels()
+    return "" if compiled is None else Path(compiled._name).stem
+
+
 @cache
 def kernel(name: str, kinds: str, result: type[ctypes.c_int64] | None = None) -> Kernel:
     """One of the compiled functions, for callers that know there are ``kernels``.

@@ -37,7 +37,7 @@ inline T as(S x) {
 
 // Lines of memory that a lane of a panel takes.
 template <typename T>
-constexpr int kLines = kPanel * Parts<T>::kDeep * sizeof(T) / kLine;
+constexpr int kLines = (kPanel * Parts<T>::kDeep * sizeof(T) + kLine - 1) / kLine;
 
 // Inner numbers in whole lanes.
 template <typename T>
@@ -249,6 +249,7 @@ void multiply_transposed(int64_t inner, int64_t rows, int64_t stride, const T* l
   const std::vector<const T*> lines = rows_of(1, &left, &inner, stride);
   const int64_t depth = depth_of<T>(inner), size = depth * kPanel * kDeep;
   const int64_t downs = panels_of(rows), panels = panels_of(result.columns);
+  if (!downs || !panels) return;
   const int64_t shares = std::clamp<int64_t>(4 * omp_get_max_threads() / downs, 1, panels);
 #pragma omp parallel
   {

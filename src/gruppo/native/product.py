@@ -71,9 +71,10 @@ def multiply(
     apart, step = left.stride()
     assert inner == right.inner, "inner dimensions agree"
     assert left.dtype == right.data.dtype, "one type of products"
+    assert bias is None or bias.shape == (right.columns,), "a bias a column"
     if not inner:
         empty = left.new_zeros(rows, right.columns, dtype=dtype) if total is None else total
-        return empty if bias is None else empty + bias
+        return empty if bias is None else empty.add_(bias)
     if rows > 1 and apart == 1 != step:
         return _multiply_transposed(left.t(), right, bias, dtype, total)
     odd = inner % 2 if left.dtype == torch.bfloat16 else 0  # numbers are read in pairs then
@@ -121,7 +122,8 @@ def _cut(way: str, matrices: Sequence[Tensor], dtype: torch.dtype) -> Panels:
     width, kind = matrices[0].shape[1], matrices[0].dtype
     plain = [matrix.detach() for matrix in matrices]
     lines = {matrix.stride(0) for matrix in plain}
-    assert all(m.shape[1] == width and m.stride(1) == 1 and m.dtype == kind for m in plain)
+    assert all(m.shape[1] == width and m.dtype == kind for m in plain), "alike in width and type"
+    assert width == 1 or all(matrix.stride(1) == 1 for matrix in plain), "rows are whole"
     assert len(lines) == 1, "rows are as far apart in all"
     heights = [len(matrix) for matrix in plain]
     inner, columns = (width, sum(heights)) if way == "columns" else (sum(heights), width)

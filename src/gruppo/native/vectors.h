@@ -85,7 +85,8 @@ inline Vector sums_of(Vector* vectors) {
   return vectors[0];
 }
 
-// Some neighbouring numbers of a key or a query a lane, and their products added up in float.
+// Some neighbouring numbers of a row (a key's, a query's, a matrix's) a lane, and their products
+// added up in float.
 template <typename T>
 struct Parts {
   static constexpr int kDeep = 1;  // numbers a lane

@@ -110,7 +110,7 @@ class Policy:
         self.version = 0
         self.reference_updates = 0
         self._autocast = is_autocast(compute_dtype)
-        self._products: Products = products
+        self._products: Products = products if self.device.type == "cpu" else "torch"
         self._casts = Casts()
         self._adamw = make_adamw(model, optim)
         self._kind = reference
@@ -323,6 +323,8 @@ def _refuse(model: nn.Module, reference: ReferenceKind, products: Products) -> N
         raise ValueError(f"reference = {reference!r} must be one of 'none', 'copy', 'adapter'")
     if reference == "adapter" and not is_adapted(model):
         raise ValueError("reference = 'adapter' needs a LoRA adapter; use reference = 'copy'")
+    if products not in ("torch", "onednn", "native"):
+        raise ValueError(f"products = {products!r} must be one of 'torch', 'onednn', 'native'")
     recomputes = any(vars(module).get("gradient_checkpointing") for module in model.modules())
     if products != "torch" and recomputes:
         raise ValueError(

@@ -24,6 +24,7 @@ from gruppo.model import (
     attach,
     compute_dtype,
     end_ids,
+    can_choose,
     faster_products,
     load,
 )
@@ -109,7 +110,8 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
     section = pin(section)
     dtype = _DTYPES[section.compute]
     products = _products(section, section.device, dtype)
-    report(f"model: {section.name} on {section.device}, products in {section.compute}")
+    by = _told(products, section.device, dtype)
+    report(f"model: {section.name} on {section.device}, products in {section.compute}{by}")
     loaded = load(
         section.name,
         device=section.device,
@@ -283,6 +285,15 @@ def _products(section: ModelSection, device: str, compute: torch.dtype) -> Produ
     if section.products != "auto":
         return section.products
     return "torch" if section.gradient_checkpointing else faster_products(device, compute)
+
+
+def _told(products: Products, device: str, compute: torch.dtype) -> str:
+    """By what they are made, where that is not torch as ever."""
+    if products == "torch" or device != "cpu":
+        return ""
+    if not can_choose(products, compute):
+        return f' by torch (products = "{products}" cannot be had here in that type)'
+    return {"onednn": " by oneDNN", "native": " by own kernels"}[products]
 
 
 def _device(name: str) -> str:

@@ -47,10 +47,19 @@ class _Language:
     chain: Toolchain | None = None
 
 
+def _dated(*marks: str, years: str) -> frozenset[str]:
+    """Marks alone, and with the years of the language's standards behind them."""
+    return frozenset(mark + year for mark in marks for year in ("", *years.split()))
+
+
 _LANGUAGES: Final = {
     "python": _Language(fence="python", marks=frozenset({"python", "python3", "py", "py3"})),
-    "c": _Language(fence="c", marks=frozenset({"c"}), chain=C),
-    "cpp": _Language(fence="cpp", marks=frozenset({"cpp", "c++", "cc", "cxx"}), chain=CPP),
+    "c": _Language(fence="c", marks=_dated("c", years="90 99 11 17 23"), chain=C),
+    "cpp": _Language(
+        fence="cpp",
+        marks=_dated("cpp", "c++", years="11 14 17 20 23") | {"cc", "cxx"},
+        chain=CPP,
+    ),
 }
 
 

@@ -3,7 +3,7 @@
 It knows their numbers and nothing of what they say. A process that may have started others is not
 waited for before its group is killed: till then its number, which is the group's, is nobody else's.
 Several threads may end them, so one lock is held where the process is waited for and where signals
-are sent: none goes to a number that is free.
+are sent: its own number is never free then, and an inner one's was its child's a moment before.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Family:
             self._kill_others()
             # inner processes first: their parent then waits for them
             for pid in (*_children(self.pid), self.pid):
-                self._signal(lambda pid=pid: [pid])
+                self._signal(lambda pid=pid: [pid] if pid in (*_children(self.pid), self.pid) else [])
                 status = self._wait(GRACE)
                 if status is not None:
                     break

@@ -104,6 +104,8 @@ class LocalEngine:
             raise ValueError(f"compute_dtype = {compute_dtype}; use bfloat16, float16 or float32")
         if kind not in ("shared", "plain"):
             raise ValueError(f'kind = {kind!r}; use "shared" or "plain"')
+        if products not in ("torch", "onednn", "native"):
+            raise ValueError(f'products = {products!r}; use "torch", "onednn" or "native"')
         self._model: nn.Module | None = model
         self._decode = decode
         self._pad_token = pad_token

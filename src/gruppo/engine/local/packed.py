@@ -19,6 +19,7 @@ from gruppo import native
 from gruppo.memory import is_out_of_memory
 from gruppo.model.decoder import Group
 from gruppo.model.products import Products as Library
+from gruppo.model.products import is_plain
 
 WORTHWHILE = 32
 """Decode steps from which on the copies, which cost about as much as one step, pay."""
@@ -151,11 +152,15 @@ def _kinds(layers: Sequence[nn.Linear]) -> list[Tensor]:
 
 
 def _are_native(layers: Sequence[nn.Linear], dtype: torch.dtype | None) -> bool:
-    """Whether the own kernels multiply by all these matrices."""
-    return all(
-        weight.device.type == "cpu" and native.can_multiply(dtype or weight.dtype)
-        for weight in _kinds(layers)
-    ) and all(layer.weight.dtype in (torch.float32, torch.bfloat16) for layer in layers)
+    """Whether the own kernels multiply by all these matrices; joint ones are of one type then."""
+    kinds = _kinds(layers)
+    return len(kinds) == 1 and all(
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and native.can_multiply(dtype or weight.dtype)
+        and all(is_plain(layer.weight) for layer in layers)
+        for weight in kinds
+    )
 
 
 def _is_supported(weight: Tensor, dtype: torch.dtype | None) -> bool:
