@@ -13,12 +13,12 @@ from gruppo.engine.local import LocalEngine
 from gruppo.engine.local.forward import forward
 from gruppo.engine.local.fused import FusedStep
 from gruppo.engine.local.module import generating
-from gruppo.engine.local.packed import packed_linears, plain_product
+from gruppo.engine.local.packed import WORTHWHILE, packed_linears, plain_product
 from gruppo.engine.local.probe import can_fuse
 from gruppo.engine.local.schedule import Schedule, rows_of
 from gruppo.engine.local.shared import Drawing
 from gruppo.engine.local.store import Decode, Store
-from gruppo.model import Lora, attach
+from gruppo.model import Lora, Products, attach
 from gruppo.model.attention import adopt
 from gruppo.model.decoder import find_decoder
 from gruppo.native import compiled as building
@@ -69,7 +69,9 @@ def assert_same(left: list[Completion], right: list[Completion], bound: float = 
         assert ours.logp == pytest.approx(theirs.logp, abs=bound)
 
 
-def gaps(model: nn.Module, dtype: torch.dtype, rows: int, *, packed: bool) -> list[float]:
+def gaps(
+    model: nn.Module, dtype: torch.dtype, rows: int, *, packed: Products | None
+) -> list[float]:
     """Relative difference of logits at every step of a call in which rows end and enter."""
     decoder = find_decoder(model)
     assert decoder
@@ -88,7 +90,9 @@ def gaps(model: nn.Module, dtype: torch.dtype, rows: int, *, packed: bool) -> li
             model, asked, schedule, sampling=SAMPLING, store=store, spoken=None, advance=both
         )
         if packed:
-            with packed_linears(model, kept, rows=rows, together=decoder.together) as products:
+            with packed_linears(
+                model, kept, rows=rows, together=decoder.together, products=packed
+            ) as products:
                 fused = FusedStep(decoder, products, store)
                 while not schedule.is_done:
                     drawing.turn()
@@ -108,8 +112,8 @@ def by_default(*names: str) -> list[object]:
 
 @needs_kernels
 @pytest.mark.parametrize("name", by_default("llama", "mistral"))
-@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_logits_equal_the_models_own(name: str, packed: bool) -> None:
+@pytest.mark.parametrize("packed", ["torch", "native", pytest.param(None, marks=pytest.mark.slow)])
+def test_logits_equal_the_models_own(name: str, packed: Products | None) -> None:
     model = build(name, **LIKE_LLAMA[name])
     adopt(model)
     for rows in (10, 3):
@@ -124,8 +128,8 @@ def test_logits_in_bfloat16(name: str) -> None:
     """Under autocast the step rounds where the model does; all in bfloat16, nearly so."""
     model = build(name, **LIKE_LLAMA[name])
     adopt(model)
-    assert max(gaps(model, torch.bfloat16, 4, packed=False)) < 1e-2
-    assert max(gaps(model.to(torch.bfloat16), torch.bfloat16, 4, packed=False)) < 3e-2
+    assert max(gaps(model, torch.bfloat16, 4, packed=None)) < 1e-2
+    assert max(gaps(model.to(torch.bfloat16), torch.bfloat16, 4, packed=None)) < 3e-2
 
 
 @needs_kernels
@@ -137,6 +141,31 @@ def test_draws_what_plain_waves_draw(name: str) -> None:
     assert can_fuse(model, torch.float32)
     for rows in (128, 4):
         assert_same(draw(model, max_rows=rows), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # qwen2 has biases
+def test_draws_the_same_whatever_multiplies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long enough for packed matrices; prompts and decode steps, with the head."""
+    model = build(name, **LIKE_LLAMA[name])
+    adopt(model)
+    made: list[int] = []
+    multiply = native.multiply
+    monkeypatch.setattr(
+        native, "multiply", lambda *given, **more: made.append(1) or multiply(*given, **more)
+    )
+    found = {}
+    for products in ("torch", "native"):
+        engine = LocalEngine(model, letters, pad_token=0, products=products)
+        groups = engine.generate(unequal_groups(), Sampling(max_tokens=WORTHWHILE))
+        found[products] = [one for group in groups for one in group]
+        assert bool(made) == (products == "native")
+    assert_same(found["native"], found["torch"])
+
+
+def test_what_multiplies_must_be_known() -> None:
+    with pytest.raises(ValueError, match='products = \'blas\'; use "torch", "onednn" or'):
+        LocalEngine(build("llama"), letters, pad_token=0, products="blas")
 
 
 def test_without_kernels_the_models_own_forward_draws_the_same(
@@ -226,7 +255,8 @@ def test_a_hook_that_comes_later_is_seen() -> None:
     assert_same(after, draw(model, kind="plain"))
 
 
-def test_matrices_packed_together_give_each_layer_its_own_product() -> None:
+@pytest.mark.parametrize("library", ["torch", "native"])
+def test_matrices_packed_together_give_each_layer_its_own_product(library: Products) -> None:
     """Whatever the order of the calls; and all is as before afterwards."""
     torch.manual_seed(0)
     first, second = nn.Linear(6, 4), nn.Linear(6, 3, bias=False)
@@ -234,7 +264,9 @@ def test_matrices_packed_together_give_each_layer_its_own_product() -> None:
     rows, others = torch.randn(2, 7, 6)
     with torch.no_grad():
         wanted = [[layer(x) for layer in (first, second)] for x in (rows, others)]
-        with packed_linears(model, None, rows=7, together=[(first, second)]) as products:
+        with packed_linears(
+            model, None, rows=7, together=[(first, second)], products=library
+        ) as products:
             got = [[layer(x) for layer in (first, second)] for x in (rows, others)]
             backwards = [second(rows), first(rows), first(others), second(rows)]
             whole = products((first, second))(rows)

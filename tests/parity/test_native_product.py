@@ -132,6 +132,10 @@ def test_what_does_not_fit_is_refused():
     panels = native.cut_rows([torch.ones(3, 4)], torch.float32)
     with pytest.raises(AssertionError, match="inner dimensions agree"):
         native.multiply(torch.ones(2, 4), panels)
+    with pytest.raises(AssertionError, match="a bias a column"):
+        native.multiply(torch.ones(2, 3), panels, bias=torch.ones(1))
+    with pytest.raises(AssertionError, match="alike in width and type"):
+        native.cut_rows([torch.ones(2, 3), torch.ones(2, 3).bfloat16()], torch.float32)
     with pytest.raises(AssertionError, match="one type of products"):
         native.multiply(torch.ones(2, 3, dtype=torch.bfloat16), panels)
     assert not native.can_multiply(torch.float64)

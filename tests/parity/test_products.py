@@ -5,7 +5,17 @@ import torch
 from torch import nn
 
 from gruppo import native
-from gruppo.model import Lora, attach, faster_products, load, multiplying, products
+from gruppo.model import (
+    Lora,
+    attach,
+    choosing,
+    faster_products,
+    load,
+    multiplying,
+    products,
+    summing,
+)
+from gruppo.model.joint import give_products
 from gruppo.policy import Optim, Policy
 from gruppo.recipe import build
 from gruppo.recipe.build import pin
@@ -88,6 +98,77 @@ def test_an_adapter_too(tiny_folder, made, targets, library):
     for name, expected in gradients.items():
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
     assert len(made) > len(gradients)
+
+
+@pytest.mark.parametrize("library", ["torch", *OTHERS])
+def test_gradients_of_several_passes_add_up(tiny_folder, library):
+    """The second one is added as it is made, to what the first has left."""
+    needs(library)
+    found = []
+    for parts in ([slice(0, 3)], [slice(0, 2), slice(2, 3), slice(0, 1)]):
+        torch.manual_seed(0)
+        policy = Policy(
+            load(str(tiny_folder)).model, optim=Optim(), total_updates=1, products=library
+        )
+        for part in parts:
+            scored = policy.logp(PROMPTS[part], TOKENS[part], LENGTH[part], entropy=False)
+            # the first row twice in the second case: once here and once alone
+            policy.backward(scored.logp.sum())
+        if len(parts) == 1:
+            scored = policy.logp(PROMPTS[:1], TOKENS[:1], LENGTH[:1], entropy=False)
+            policy.backward(scored.logp.sum())
+        found.append({n: p.grad.clone() for n, p in policy.model.named_parameters()})
+    for name, whole in found[0].items():
+        torch.testing.assert_close(found[1][name], whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["torch", *OTHERS])
+@pytest.mark.parametrize("there", [None, "rows", "columns", "half", "hooked"])
+def test_a_gradient_is_added_whatever_lies_there(library, there):
+    needs(library)
+    torch.manual_seed(0)
+    half = there == "half"
+    weights = [nn.Parameter(torch.randn(rows, 4).to(torch.bfloat16 if half else torch.float32))
+               for rows in (6, 3, 5)]  # fmt: skip
+    before = [torch.randn_like(weight) for weight in weights]
+    for weight, grad in zip(weights, before, strict=True):
+        if there is not None:
+            weight.grad = grad.t().contiguous().t() if there == "columns" else grad.clone()
+        if there == "hooked":
+            weight.register_hook(lambda grad: None)
+    grad, rows = torch.randn(7, 14), torch.randn(7, 4)
+    with summing(), choosing(library):
+        given = give_products(weights, [True, False, True], grad=grad, rows=rows)
+    expected = (grad.double().t() @ rows.double()).split([6, 3, 5])
+    bound = 0.02 if half else 1e-5
+    for index, (weight, start) in enumerate(zip(weights, before, strict=True)):
+        start = torch.zeros_like(start) if there is None else start
+        if index == 1:  # not wanted
+            assert given[1] is None
+            wanted = start
+        elif there == "hooked":  # autograd adds it, after the hook
+            torch.testing.assert_close(given[index].double(), expected[index], rtol=0, atol=1e-5)
+            wanted = start
+        else:
+            assert given[index] is None
+            wanted = start.double() + expected[index]
+        found = torch.zeros_like(start) if weight.grad is None else weight.grad
+        assert float((found.double() - wanted.double()).abs().max()) <= bound * 8
+
+
+@pytest.mark.parametrize("library", OTHERS)
+def test_a_bias_that_torch_would_spread_is_torchs(made, library):
+    needs(library)
+    rows, weight = torch.ones(2, 5), torch.ones(3, 5)
+    with multiplying(library):
+        spread = nn.functional.linear(rows, weight, torch.ones(1))
+    assert torch.equal(spread, torch.full((2, 3), 6.0))
+    assert made == []
+
+
+def test_what_multiplies_must_be_known(tiny_folder):
+    with pytest.raises(ValueError, match="products = 'blas' must be one of 'torch', 'onednn'"):
+        Policy(load(str(tiny_folder)).model, optim=Optim(), total_updates=1, products="blas")
 
 
 @pytest.mark.parametrize("library", OTHERS)

@@ -86,8 +86,16 @@ def test_the_last_closed_block_of_the_language_is_the_program(text: str, found: 
             "{python,echo=FALSE} python{1,3} python:main.py python,no_run py3=",
             "python2.7 pythonic python-repl {python-console} pypy cython py4j {r} {=python} {} c+",
         ),
-        ("cpp", "cpp c++ cc cxx {c++} {.cpp} .cpp C++,ignore c++17 C++20 cpp23", "c {c} c# c+++ c++-header cpp2"),
-        ("c", "c C {c} {.c} .c c:main.c c,ignore c99 c11", "c++ {c++} c# {c#} cpp c-sharp ch objective-c"),
+        (
+            "cpp",
+            "cpp c++ cc cxx {c++} {.cpp} .cpp C++,ignore c++17 C++20 cpp23",
+            "c {c} c# c+++ c++-header cpp2",
+        ),
+        (
+            "c",
+            "c C {c} {.c} .c c:main.c c,ignore c99 c11",
+            "c++ {c++} c# {c#} cpp c-sharp ch objective-c",
+        ),
     ],
     ids=["python", "cpp", "c"],
 )

@@ -254,16 +254,18 @@ class _Layer(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False), choosing(ctx.products):
             query_key_value, out, gate_up, down = plan.linears
             grad = carry.to(row.dtype)
-            to_gates, opened = native.swiglu_backward(
-                gates, down.backward(grad, parameters, row)
-            )
+            to_gates, opened = native.swiglu_backward(gates, down.backward(grad, parameters, row))
             found.add(down, grad, opened)
             # made again: it is as large as all heads together
             between, _, other = native.norm_forward(
                 hidden, update, weight=second, epsilon=plan.epsilons[1], dtype=row.dtype
             )
             carry, grad, normed, of_norm = native.norm_backward(
-                between, second, scale=other, grad=gate_up.backward(to_gates, parameters, row), carry=carry
+                between,
+                second,
+                scale=other,
+                grad=gate_up.backward(to_gates, parameters, row),
+                carry=carry,
             )
             found.add_norm(1, of_norm)
             found.add(gate_up, to_gates, normed)
@@ -276,7 +278,11 @@ class _Layer(torch.autograd.Function):
                 sums.query, sums.key, sums.value, row.cosine, row.sine, dtype=row.dtype
             )
             carry, _, normed, of_norm = native.norm_backward(
-                hidden, first, scale=scale, grad=query_key_value.backward(packed, parameters, row), carry=carry
+                hidden,
+                first,
+                scale=scale,
+                grad=query_key_value.backward(packed, parameters, row),
+                carry=carry,
             )
             found.add_norm(0, of_norm)
             found.add(query_key_value, packed, normed)

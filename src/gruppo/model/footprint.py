@@ -122,9 +122,7 @@ def footprint(  # noqa: PLR0913 - a model, and what decides how it is computed
         ):
             states = packed_states(model, packing)
         del states
-    return _count(
-        model, weights, compute, saved=sum(saved.values()), copies=0, thrift=thrift
-    )
+    return _count(model, weights, compute, saved=sum(saved.values()), copies=0, thrift=thrift)
 
 
 def _skeleton(

@@ -57,7 +57,9 @@ class Family:
             self._kill_others()
             # inner processes first: their parent then waits for them
             for pid in (*_children(self.pid), self.pid):
-                self._signal(lambda pid=pid: [pid] if pid in (*_children(self.pid), self.pid) else [])
+                self._signal(
+                    lambda pid=pid: [pid] if pid in (*_children(self.pid), self.pid) else []
+                )
                 status = self._wait(GRACE)
                 if status is not None:
                     break
