@@ -116,7 +116,7 @@ def current_products() -> Products:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether its memory is what torch says: of a wrapper's (quantised, sharded) it is not known."""
+    """Whether its memory is as it looks: a wrapper's (quantised, sharded) need not be."""
     return type(tensor) in (Tensor, nn.Parameter)
 
 

@@ -22,9 +22,9 @@ from gruppo.model import (
     Loaded,
     Products,
     attach,
+    can_choose,
     compute_dtype,
     end_ids,
-    can_choose,
     faster_products,
     load,
 )
