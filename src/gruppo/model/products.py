@@ -22,14 +22,15 @@ from torch.overrides import TorchFunctionMode
 
 from gruppo import native
 from gruppo.measured import fastest, remembered
+from gruppo.model.gradient import add
 
 Products = Literal["torch", "onednn", "native"]
 
-# A transformer's projections in a micro-batch; 1.8 GFLOP a product.
-_ROWS, _INNER, _COLUMNS = 1024, 576, 1536
-_REPEATS = 5
+# A transformer's projections in a micro-batch; 3.6 GFLOP a product.
+_ROWS, _INNER, _COLUMNS = 2048, 576, 1536
+_REPEATS = 3
+_FEW = 64  # rows of a decode step
 _ONEDNN_WORTHWHILE = 1.15
-_NATIVE_WORTHWHILE = 1.0  # it also spares copies of the weights and of their gradients
 _CURRENT: ContextVar[Products] = ContextVar("products", default="torch")
 _PRODUCTS = {torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul, torch.mm}
 
@@ -37,9 +38,9 @@ _PRODUCTS = {torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul, torch.m
 def faster_products(device: torch.device | str, compute: torch.dtype) -> Products:
     """The fastest products in ``compute`` on ``device``: "torch" unless measured else.
 
-    The products of a forward and a backward pass are timed, the best of several runs counting;
-    oneDNN, which is asked for float32 alone, must gain 15 %. Timed once per machine (about 0.3 s)
-    and kept, and only on a CPU.
+    The products of drawing, of a forward and of a backward pass are timed, the best of several runs
+    counting; oneDNN, which is asked for float32 alone, must gain 15 %. Timed once per machine
+    (about a second) and kept, and only on a CPU.
 
     >>> faster_products("cpu", torch.float64)
     'torch'
@@ -217,7 +218,7 @@ _MULTIPLY: dict[Products, Callable[..., Tensor]] = {
 @cache
 def _measured(compute: torch.dtype, kinds: tuple[Products, ...]) -> Products:
     found = remembered(
-        "products",
+        "products-of-a-step",
         kinds,
         lambda: _compared(compute, kinds),
         depends_on=(
@@ -229,17 +230,57 @@ def _measured(compute: torch.dtype, kinds: tuple[Products, ...]) -> Products:
 
 
 def _compared(compute: torch.dtype, kinds: Sequence[Products]) -> Products:
-    shapes = ((_ROWS, _INNER), (_COLUMNS, _INNER), (_ROWS, _COLUMNS))
-    rows, weight, grad = (torch.ones(shape, dtype=compute) for shape in shapes)
-    work = ((rows, weight), (grad, weight.t()), (grad.t(), rows.t()))
-
-    def by(kind: Products) -> Callable[[], object]:
-        return lambda: [_MULTIPLY[kind](a, b) for a, b in work]
-
-    seconds = dict(zip(kinds, fastest([by(kind) for kind in kinds], repeats=_REPEATS), strict=True))
+    seconds = dict(
+        zip(kinds, fastest([_work(kind, compute) for kind in kinds], repeats=_REPEATS), strict=True)
+    )
     costs: dict[Products, float] = {
         "torch": seconds["torch"],
         "onednn": seconds.get("onednn", float("inf")) * _ONEDNN_WORTHWHILE,
-        "native": seconds.get("native", float("inf")) * _NATIVE_WORTHWHILE,
+        "native": seconds.get("native", float("inf")),
     }
     return min(kinds, key=lambda kind: costs[kind])
+
+
+def _work(kind: Products, compute: torch.dtype) -> Callable[[], object]:
+    """A matrix's part in a step, as training and the engine do it, from its float32 weight.
+
+    Every token is drawn once, a few rows at a time by a matrix that was packed before and has left
+    the caches since, and goes forward and backward once.
+    """
+    rows = torch.ones(_ROWS, _INNER, dtype=compute)
+    grad = torch.ones(_ROWS, _COLUMNS, dtype=compute)
+    weight, total = torch.ones(_COLUMNS, _INNER), torch.zeros(_COLUMNS, _INNER)
+    few, turns = rows[:_FEW], range(_ROWS // _FEW)
+    if kind == "native":
+        packed = [native.cut_columns([weight], compute) for _ in turns]
+
+        def own() -> None:
+            native.multiply(rows, native.cut_columns([weight], compute))
+            native.multiply(grad, native.cut_rows([weight], compute))
+            native.multiply(grad.t(), native.cut_rows([rows], compute), total=total)
+            for panels in packed:
+                native.multiply(few, panels)
+
+        return own
+    cast, multiply = weight.to(compute), _MULTIPLY[kind]
+    pack = torch.ops.mkldnn._reorder_linear_weight if _has_blocks(compute) else None
+    blocks = [cast.clone() if pack is None else pack(cast, _FEW) for _ in turns]
+
+    def theirs() -> None:
+        multiply(rows, cast)
+        multiply(grad, cast.t())
+        add(total, multiply(grad.t(), rows.t()))
+        for block in blocks:
+            multiply(few, block) if pack is None else _onednn(few, block)
+
+    return theirs
+
+
+@cache
+def _has_blocks(compute: torch.dtype) -> bool:
+    """Whether oneDNN takes matrices packed before, in that type, on this processor."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=compute), 1)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return True
