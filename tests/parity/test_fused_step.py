@@ -163,6 +163,7 @@ def test_draws_the_same_whatever_multiplies(name: str, monkeypatch: pytest.Monke
     assert_same(found["native"], found["torch"])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_multiplies_must_be_known() -> None:
     with pytest.raises(ValueError, match='products = \'blas\'; use "torch", "onednn" or'):
         LocalEngine(build("llama"), letters, pad_token=0, products="blas")
