@@ -48,14 +48,31 @@ def test_phases_add_up_on_the_tiny_model(tiny_folder: Path):
     work = Work(model=str(tiny_folder), beta=0.04, **SMALL)
     found = measure(work, gflops={"float32": 1e-3})
     seconds = found.seconds
-    parts = ("sampling", "reference", "forward_backward", "optimizer")
+    parts = ("sampling", "score", "reference", "forward_backward", "optimizer")
     assert seconds["step"] == pytest.approx(sum(seconds[name] for name in parts))
     assert found.sampled_per_s == pytest.approx(2 * 4 * 3 / seconds["sampling"])
     assert found.trained_per_s == pytest.approx(24 / (seconds["step"] - seconds["sampling"]))
+    assert seconds["decode"] == max(0.0, seconds["sampling"] - seconds["prefill"])
     used = found.utilisation
-    ratio = 3 * seconds["reference"] / seconds["forward_backward"]
-    assert used["forward_backward"] / used["reference"] == pytest.approx(ratio)
+    for name in ("reference", "old"):
+        ratio = 3 * seconds[name] / seconds["forward_backward"]
+        assert used["forward_backward"] / used[name] == pytest.approx(ratio)
     assert found.padding == 0.0
+
+
+def test_the_old_pass_is_over_the_whole_batch_and_no_part_of_a_step(tiny_folder, monkeypatch):
+    scored: list[int] = []
+    real = Policy.old_logp
+
+    def spy(self, prompts, *rest):
+        scored.append(len(prompts))
+        return real(self, prompts, *rest)
+
+    monkeypatch.setattr(Policy, "old_logp", spy)
+    found = measure(Work(model=str(tiny_folder), **SMALL))
+    assert scored == [8]
+    phases = ("sampling", "score", "forward_backward", "optimizer")
+    assert found.seconds["step"] == sum(found.seconds[name] for name in phases)
 
 
 def test_dead_groups_are_not_passed_forward(tiny_folder: Path, monkeypatch):

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from gruppo.model import Encoder, Loaded, compute_dtype, end_ids, faster_product
 from gruppo.model.parts import causal, embedding
 from gruppo.objective import PRESETS, KLNaive, KLTerm, Objective
 from gruppo.policy import Optim, Policy
+from gruppo.reward import Number
 from gruppo.settings import UpdateSettings
-from gruppo.types import Completion, Message, Request, Rollout, Sampling
+from gruppo.types import Completion, Message, Problem, Request, Rollout, Sampling
 from gruppo.update import OptimizerStep, Targets, gather_evidence
 
 _SEED = 0
@@ -32,12 +33,13 @@ _SEED = 0
 class Measured:
     """Medians over the measured steps.
 
-    ``seconds`` by phase: "prefill" (one token for every prompt's first completion), "sampling"
-    (the whole drawing, prefill included), "reference", "forward_backward", "optimizer", "save"
-    (once), "step" (sampling to optimizer). ``sampled_per_s`` and ``trained_per_s`` are completion
-    tokens. ``utilisation`` is the share of the measured matmul peak that the model's own products
-    reach, by phase. ``padding`` is the share of trained positions that are padding.
-    ``other_cpus`` above 0.1 means that the timing is worth nothing.
+    ``seconds`` by phase: "prefill" (one token for every prompt's first completion), "decode" (all
+    other tokens), "sampling" (both), "score" (the last number of every completion, by rule),
+    "old" (the pass that steps of several updates need; this step skips it), "reference",
+    "forward_backward", "optimizer", "save" (once), "step" (sampling to optimizer).
+    ``sampled_per_s`` and ``trained_per_s`` are completion tokens. ``utilisation`` is the share of
+    the measured matmul peak that the model's own products reach, by phase. ``padding`` is the share
+    of trained positions that are padding. ``other_cpus`` above 0.1 means that the timing is worth nothing.
     """
 
     work: dict[str, Any]
@@ -64,9 +66,11 @@ def measure(work: Work, *, gflops: dict[str, float] | None = None) -> Measured:
             bench.step(work.warmup + number)
     peak, cache = peak_gib(bench.device), bench.engine.peak_cache_bytes / 2**30
     bench.prefill()
+    bench.old()
     bench.save()
     seconds = {name: statistics.median(values) for name, values in bench.seconds.items()}
-    phases = ("sampling", "reference", "forward_backward", "optimizer")
+    seconds["decode"] = max(0.0, seconds["sampling"] - seconds["prefill"])
+    phases = ("sampling", "score", "reference", "forward_backward", "optimizer")
     seconds["step"] = sum(seconds.get(phase, 0.0) for phase in phases)
     tokens = work.prompts * work.group * work.max_tokens
     training = seconds["step"] - seconds["sampling"]
@@ -121,6 +125,7 @@ class _Bench:
         self.prompts = _prompts(work, loaded, encoder, total)
         self.seconds: dict[str, list[float]] = {}
         self.padding = 0.0
+        self.batch: Rollout | None = None
 
     def step(self, number: int) -> None:
         work, first = self.work, number * self.work.prompts
@@ -131,7 +136,9 @@ class _Bench:
         with self._phase("sampling"):
             groups = self._draw(prompts, work.max_tokens, first, work.group)
             release_heap()
-        batch = _rollout(prompts, groups, dead=work.dead)
+        with self._phase("score"):
+            _score(groups)
+        batch = self.batch = _rollout(prompts, groups, dead=work.dead)
         if work.beta:
             with self._phase("reference"):
                 evidence = gather_evidence(self.policy, self.objective, batch, settings)
@@ -157,6 +164,15 @@ class _Bench:
             with self._phase("prefill"):
                 self._draw(self.prompts[: self.work.prompts], 1, 0, 1)
 
+    def old(self) -> None:
+        """Time the policy's own pass over the last batch, as two updates of it would need."""
+        assert self.batch is not None, "after a step"
+        budget = self.work.tokens_per_microbatch
+        settings = UpdateSettings(tokens_per_microbatch=budget, minibatches=2)
+        alone = _objective(replace(self.work, beta=0.0))
+        with self._phase("old"):
+            gather_evidence(self.policy, alone, self.batch, settings)
+
     def save(self) -> None:
         """Time writing the weights as a model folder."""
         with tempfile.TemporaryDirectory() as folder, self._phase("save"):
@@ -176,7 +192,8 @@ class _Bench:
         completions = work.prompts * work.group * work.max_tokens
         prompts = sum(map(len, self.prompts[: work.prompts]))
         forward = 2 * (trunk * (completions + prompts) + size * completions) / 1e9
-        made = {"sampling": forward, "forward_backward": 3 * forward, "reference": forward}
+        made = dict.fromkeys(("sampling", "old", "reference"), forward)
+        made["forward_backward"] = 3 * forward
         return {name: made[name] / seconds[name] / top for name in made if name in seconds}
 
     def _draw(
@@ -219,6 +236,13 @@ def _prompts(work: Work, loaded: Loaded, encoder: Encoder, count: int) -> list[t
         return [tuple(row) for row in torch.randint(high // 2, shape, generator=draw).tolist()]
     asked = work.questions(count)
     return [encoder.encode((Message(role="user", content=text),)) for text in asked]
+
+
+def _score(groups: list[tuple[Completion, ...]]) -> None:
+    """Grade all, as a rule does."""
+    reward, problem = Number(), Problem(id="bench", prompt=(), answer="1")
+    for group in groups:
+        reward(problem, group)
 
 
 def _rollout(
