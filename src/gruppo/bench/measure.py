@@ -39,7 +39,8 @@ class Measured:
     "forward_backward", "optimizer", "save" (once), "step" (sampling to optimizer).
     ``sampled_per_s`` and ``trained_per_s`` are completion tokens. ``utilisation`` is the share of
     the measured matmul peak that the model's own products reach, by phase. ``padding`` is the share
-    of trained positions that are padding. ``other_cpus`` above 0.1 means that the timing is worth nothing.
+    of trained positions that are padding. ``other_cpus`` above 0.1 means that the timing is worth
+    nothing.
     """
 
     work: dict[str, Any]
