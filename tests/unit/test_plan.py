@@ -126,6 +126,13 @@ def test_what_a_captured_step_reads_stays_while_training(monkeypatch):
     assert (plan._kept("cuda:0", 100), plan._kept("cuda:0", 101)) == (100, 0)
 
 
+@pytest.mark.parametrize(("now", "counted"), [(2**28, 13 * 2**30 // 20), (2**30, 2**30)])
+def test_what_opening_a_model_will_load_is_counted(tiny_folder, monkeypatch, now, counted):
+    """A plan is made before that; one that is made later counts what is there."""
+    monkeypatch.setattr(plan, "_resident", lambda: now)
+    assert plan.memory(recipe(tiny_folder), prompt_tokens=10).process == counted
+
+
 def test_the_largest_micro_batch_fits_the_budget(tiny_folder):
     """Prompts of 10, completions of 20: 90 a group of four; two groups are 180, a row more 210."""
     assert plan._groups(recipe(tiny_folder), 10) == [4, 4]

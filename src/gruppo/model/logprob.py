@@ -87,8 +87,7 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
     if decoder is not None:
         states = decoder_states(decoder, pack(prompts, tokens, counts), casts)
     else:
-        with taking_over():
-            states = (_packed_states if packed else _plain_states)(model, prompts, tokens, counts)
+        states = _modules_states(model, prompts, tokens, counts, packed=packed)
     logp, spread = token_logp(
         head(model),
         states,
@@ -120,6 +119,19 @@ def _checked(
                 "give it at least one token (the BOS token, say)"
             )
     return counts
+
+
+def _modules_states(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokens: Tensor,
+    counts: list[int],
+    *,
+    packed: bool,
+) -> Float[Tensor, "N D"]:
+    """Hidden states that predict the completion tokens, by the model's own forward."""
+    with taking_over():
+        return (_packed_states if packed else _plain_states)(model, prompts, tokens, counts)
 
 
 def _plain_states(
