@@ -263,7 +263,7 @@ def _work(kind: Products, compute: torch.dtype) -> Callable[[], object]:
 
         return own
     cast, multiply = weight.to(compute), _MULTIPLY[kind]
-    pack = torch.ops.mkldnn._reorder_linear_weight if _has_blocks(compute) else None
+    pack = torch.ops.mkldnn._reorder_linear_weight if has_blocks(compute) else None
     blocks = [cast.clone() if pack is None else pack(cast, _FEW) for _ in turns]
 
     def theirs() -> None:
@@ -277,10 +277,12 @@ def _work(kind: Products, compute: torch.dtype) -> Callable[[], object]:
 
 
 @cache
-def _has_blocks(compute: torch.dtype) -> bool:
-    """Whether oneDNN takes matrices packed before, in that type, on this processor."""
+def has_blocks(compute: torch.dtype) -> bool:
+    """Whether this build of torch has oneDNN take matrices packed before, on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
     try:
         torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=compute), 1)
-    except (RuntimeError, AttributeError, NotImplementedError):
+    except (RuntimeError, AttributeError, NotImplementedError):  # it may name what bfloat16 needs
         return False
     return True

@@ -19,7 +19,7 @@ from gruppo import native
 from gruppo.memory import is_out_of_memory
 from gruppo.model.decoder import Group
 from gruppo.model.products import Products as Library
-from gruppo.model.products import is_plain
+from gruppo.model.products import has_blocks, is_plain
 
 WORTHWHILE = 32
 """Decode steps from which on the copies, which cost about as much as one step, pay."""
@@ -164,15 +164,8 @@ def _are_native(layers: Sequence[nn.Linear], dtype: torch.dtype | None) -> bool:
 
 
 def _is_supported(weight: Tensor, dtype: torch.dtype | None) -> bool:
-    """Whether this build of torch packs such matrices on this processor."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        small = torch.zeros(16, 16, dtype=dtype or weight.dtype)
-        torch.ops.mkldnn._reorder_linear_weight(small, 1)
-    except RuntimeError:  # it names the instructions that bfloat16 would need, or the type
-        return False
-    return True
+    """Whether oneDNN packs such matrices here."""
+    return weight.device.type == "cpu" and has_blocks(dtype or weight.dtype)
 
 
 def _forward(group: Group, product: Product, dtype: torch.dtype | None) -> Product:
