@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from gruppo import native
-from gruppo.model import rectangle, segments
 from gruppo.model.attention import AttentionRule
 from gruppo.model.packing import pack, packed_attention
-from gruppo.model.segments import Part, blocks, can_merge, merged_attention
+from gruppo.model.rectangle import Part
+from gruppo.model.segments import can_merge, merged_attention
 
 PROMPTS = [(1, 2, 3, 4, 5)] * 3 + [(6,)] * 2 + [(7, 8)]
 COUNTS = [6, 1, 4, 3, 0, 1]
@@ -42,8 +42,8 @@ def test_merged_equals_gathered(dtype, bound, scaling):
 
 @pytest.mark.skipif(native.kernels() is None, reason="no C++ compiler here")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
-def test_products_in_small_blocks_equal_torchs_kernel(monkeypatch, dtype, bound):
-    """Blocks of 2 queries; both ways round as the other does, so bfloat16 is close too."""
+def test_own_kernels_equal_torchs(monkeypatch, dtype, bound):
+    """Both ways round as the other does, so bfloat16 is close too."""
     torch.manual_seed(0)
     packing = pack(PROMPTS, torch.zeros(6, 6, dtype=torch.long), COUNTS)
     total = len(packing.ids)
@@ -57,32 +57,10 @@ def test_products_in_small_blocks_equal_torchs_kernel(monkeypatch, dtype, bound)
         out = merged_attention(*inputs, packing.parts)
         return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
 
-    whole = outcome()
-    monkeypatch.setattr(segments, "BLOCK_SCORES", 1)
-    monkeypatch.setattr(segments, "_LEAST_QUERIES", 2)
-    cut = outcome()
-    for module in (segments, rectangle):
-        monkeypatch.setattr(module, "can_score", lambda query: False)
-    for mine, other, flash in zip(whole, cut, outcome(), strict=True):
-        size = max(1.0, float(flash.abs().max()))
-        assert (mine - flash).abs().max() <= bound * size
-        assert (other - flash).abs().max() <= bound * size
-
-
-def test_blocks_of_causal_queries_see_fewer_keys(monkeypatch):
-    monkeypatch.setattr(segments, "BLOCK_SCORES", 60)  # 2 heads x 10 keys x 3 queries
-    monkeypatch.setattr(segments, "_LEAST_QUERIES", 2)
-    assert [*blocks(Part(slice(5, 15), slice(5, 15), causal=True), heads=2)] == [
-        Part(slice(5, 8), slice(5, 8), causal=True),
-        Part(slice(8, 11), slice(5, 11), causal=True),
-        Part(slice(11, 14), slice(5, 14), causal=True),
-        Part(slice(14, 15), slice(5, 15), causal=True),
-    ]
-    assert [*blocks(Part(slice(5, 10), slice(0, 15), causal=False), heads=2)] == [
-        Part(slice(5, 7), slice(0, 15), causal=False),
-        Part(slice(7, 9), slice(0, 15), causal=False),
-        Part(slice(9, 10), slice(0, 15), causal=False),
-    ]
+    own = outcome()
+    monkeypatch.setattr(native, "can_attend_parts", lambda query: False)
+    for mine, flash in zip(own, outcome(), strict=True):
+        assert (mine - flash).abs().max() <= bound * max(1.0, float(flash.abs().max()))
 
 
 def test_parts_of_two_groups():

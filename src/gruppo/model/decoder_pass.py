@@ -27,8 +27,7 @@ from gruppo.model.joint import Joint, give_products
 from gruppo.model.packing import Packing
 from gruppo.model.parts import text_config
 from gruppo.model.products import Products, choosing, current_products
-from gruppo.model.rectangle import ByProducts
-from gruppo.model.segments import Part, attend, attend_backward, cut
+from gruppo.model.segments import Segments, numbers
 
 _NUMBERS = (torch.float32, torch.bfloat16)
 # Others have the same modules and compute otherwise (layers without rotation, other rotations,
@@ -128,7 +127,7 @@ def copied_bytes(decoder: Decoder, *, dtype: torch.dtype, products: Products) ->
 class _Row:
     """What all layers need to know of a packed row."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[native.PartNumbers, ...]
     cosine: Float[Tensor, "N D"]
     sine: Float[Tensor, "N D"]
     dtype: torch.dtype
@@ -146,10 +145,7 @@ class _Row:
         with torch.no_grad():
             turns = decoder.rotary(hidden[None], packing.positions[None])
         cosine, sine = (part[0].float().contiguous() for part in turns)
-        width = cosine.shape[1]
-        heads = decoder.layers[0].query_key_value[0].out_features // width
-        query = hidden.new_empty(1, heads, 0, width, dtype=dtype)
-        parts = cut(packing.parts, query)
+        parts = numbers(packing.parts)
         return cls(parts=parts, cosine=cosine, sine=sine, dtype=dtype, casts=casts)
 
 
@@ -227,7 +223,7 @@ class _Layer(torch.autograd.Function):
         )
         heads = _Heads.of(query_key_value.forward(normed, parameters, row), row, plan)
         mixed = normed.new_empty(len(hidden), plan.mixed)
-        lse = attend(heads.way(plan), row.parts, heads.view(mixed))
+        lse = heads.attention(row, plan).attend(heads.rows(mixed))
         update = out.forward(mixed, parameters, row)
         between, normed, _ = native.norm_forward(
             hidden, update, weight=second, epsilon=plan.epsilons[1], dtype=dtype
@@ -269,11 +265,10 @@ class _Layer(torch.autograd.Function):
             )
             found.add_norm(1, of_norm)
             found.add(gate_up, to_gates, normed)
-            given = heads.view(out.backward(grad, parameters, row))
+            given = out.backward(grad, parameters, row)
             found.add(out, grad, mixed)
-            sums = attend_backward(
-                heads.way(plan), row.parts, given, out=heads.view(mixed), lse=lse
-            )
+            attention = heads.attention(row, plan)
+            sums = attention.backward(heads.rows(given), heads.rows(mixed), lse)
             packed = native.join_heads(
                 sums.query, sums.key, sums.value, row.cosine, row.sine, dtype=row.dtype
             )
@@ -303,14 +298,13 @@ class _Heads:
         key_heads = plan.linears[0].sizes[1] // row.cosine.shape[1]
         return cls(*native.split_heads(packed, row.cosine, row.sine, key_heads=key_heads))
 
-    def way(self, plan: _Plan) -> ByProducts:
-        """How to attend with them."""
-        return ByProducts(self.query, self.key, self.value, plan.scaling)
+    def attention(self, row: _Row, plan: _Plan) -> Segments:
+        """Over the row's parts."""
+        return Segments(self.query, self.key, self.value, plan.scaling, row.parts)
 
-    def view(self, rows: Float[Tensor, "N O"]) -> Float[Tensor, "K N R D"]:
-        """What lies in ``rows`` head by head, ordered as the queries are."""
-        key_heads, _, repeats, width = self.query.shape
-        return rows.view(len(rows), key_heads, repeats, width).transpose(0, 1)
+    def rows(self, flat: Float[Tensor, "N O"]) -> Float[Tensor, "N H D"]:
+        """What lies in ``flat`` head by head."""
+        return flat.view(len(flat), -1, self.query.shape[-1])
 
 
 class _Found:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gruppo.model.segments import Part
+from gruppo.model.rectangle import Part
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(query [B, H, Q, D], key [B, K, S, D], value [B, K, S, E], mask [B, 1, Q, S]) to [B, Q, H, E]."""

@@ -1,35 +1,39 @@
-"""Attention of some queries over some keys, and its gradient, in two ways of equal precision.
+"""Attention of some queries over some keys by torch's flash kernel, and its gradient.
 
-``ByProducts`` makes scores and their gradient in float32 and multiplies weights and values in the
-tensors' own type, as torch's flash kernel (``ByFlash``) does; its products of matrices are larger,
-which on a CPU makes them several times faster for rectangles of a few hundred tokens. Tensors are
-ordered by key head: ``[K, N, R, D]`` with ``R`` query heads to each of ``K`` key heads. Which
-rectangles there are, and how they are merged, is the business of ``segments.py``.
+A packed row's attention is cut into rectangles. Softmax over several of them is theirs weighted by
+their shares of the sum (arXiv:2205.14135, section 3.1), and the gradient of a rectangle needs the
+merged log-sum-exp and output only. Tensors are ordered by key head: ``[K, N, R, D]`` with ``R``
+query heads to each of ``K`` key heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gruppo.native import Mask, can_score, score_gradient, softmax_scores
-
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def by_key_head(heads: Float[Tensor, "1 H N D"], key: Tensor) -> Float[Tensor, "K N R D"]:
-    """A view of what is ordered by query head; ``key`` [1, K, ...] says how many share one."""
-    return heads[0].unflatten(0, (key.shape[1], -1)).transpose(1, 2)
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Queries at positions ``query`` over keys at ``key``.
+
+    The last query sees all keys and each one before it one less (``causal``), or all see all.
+    """
+
+    query: slice
+    key: slice
+    causal: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """Sums over rectangles, in wide floats."""
+    """Of queries, keys and values, in wide floats."""
 
     query: Float[Tensor, "K N R D"]
     key: Float[Tensor, "K N D"]
@@ -43,109 +47,62 @@ class Gradients:
         key, value = (torch.zeros_like(query[:, :, 0]) for _ in range(2))
         return cls(query, key, value)
 
-    def like(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Ordered and typed as the inputs: [1, H, N, D] and twice [1, K, N, D]."""
-        _, heads, length, width = query.shape
-        rows = query.new_empty(1, length, heads, width).transpose(1, 2)
-        by_key_head(rows, key).copy_(self.query)
-        return rows, self.key[None].to(key.dtype), self.value[None].to(key.dtype)
-
-
-@runtime_checkable
-class Back(Protocol):
-    """Adds the gradients of one rectangle to ``sums``."""
-
-    def __call__(self, here: slice, seen: slice, sums: Gradients, *, causal: bool) -> None:
-        """Queries ``here`` over keys ``seen``."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
-class ByProducts:
-    """Compiled scores and softmax, and products of matrices."""
-
-    query: Float[Tensor, "K N R D"]  # contiguous, so that a slice of queries is a matrix
-    key: Float[Tensor, "K N D"]  # contiguous, too
-    value: Float[Tensor, "K N D"]
-    scaling: float
-
-    def attend(self, here: slice, seen: slice, *, causal: bool) -> tuple[Tensor, Tensor]:
-        """Attention [K, Q, R, D] of queries ``here`` over keys ``seen``; log-sum-exps [K, Q, R]."""
-        query, key = self.query[:, here], self.key[:, seen]
-        weights, lse = softmax_scores(query, key, Mask(causal, self.scaling))
-        mixed = weights @ self.value[:, seen]
-        return mixed.view(query.shape), lse.view(query.shape[:3])
-
-    def backward(self, given: Tensor, out: Tensor, lse: Tensor) -> Back:
-        """The gradient of every rectangle, from that of the merged output ``out``."""
-        given = given.contiguous()
-        delta = (given.float() * out.float()).sum(-1)
-
-        def back(here: slice, seen: slice, sums: Gradients, *, causal: bool) -> None:
-            query, key, grad = self.query[:, here], self.key[:, seen], given[:, here]
-            weights, gradient = score_gradient(
-                query,
-                key,
-                self.value[:, seen],
-                grad,
-                mask=Mask(causal, self.scaling),
-                lse=lse[:, here],
-                delta=delta[:, here],
-            )
-            sums.query[:, here] += (gradient @ key).view(query.shape)
-            sums.key[:, seen] += gradient.mT @ query.flatten(1, 2)
-            sums.value[:, seen] += weights.mT @ grad.flatten(1, 2)
-
-        return back
-
-
-@dataclass(frozen=True, slots=True)
-class ByFlash:
-    """Torch's own kernel, over views."""
+class Rectangles:
+    """Attention over ``parts``: every query is in a causal one; others come after it."""
 
     query: Float[Tensor, "K N R D"]
     key: Float[Tensor, "K N D"]
     value: Float[Tensor, "K N D"]
     scaling: float
+    parts: Sequence[Part]
 
-    def attend(self, here: slice, seen: slice, *, causal: bool) -> tuple[Tensor, Tensor]:
-        """Attention [K, Q, R, D] of queries ``here`` over keys ``seen``; log-sum-exps [K, Q, R]."""
-        mixed, lse = _flash(*self._at(here, seen), is_causal=causal, scale=self.scaling)
-        return mixed.transpose(1, 2), lse.transpose(1, 2)
+    def attend(self, out: Float[Tensor, "K N R D"]) -> Float[Tensor, "K N R"]:
+        """Write the attention of all queries to ``out``; returns log-sum-exps."""
+        wide = torch.promote_types(out.dtype, torch.float32)
+        lse = out.new_full(out.shape[:3], -torch.inf, dtype=wide)
+        for part in self.parts:
+            here = part.query
+            mixed, sums = _flash(*self._at(part), is_causal=part.causal, scale=self.scaling)
+            mixed, sums = mixed.transpose(1, 2), sums.transpose(1, 2)
+            if part.causal:
+                out[:, here], lse[:, here] = mixed, sums
+            else:
+                _merge(out[:, here], lse[:, here], mixed, sums)
+        return lse
 
-    def backward(self, given: Tensor, out: Tensor, lse: Tensor) -> Back:
-        """The gradient of every rectangle, from that of the merged output ``out``."""
-
-        def back(here: slice, seen: slice, sums: Gradients, *, causal: bool) -> None:
-            found = _flash_backward(
-                given[:, here].transpose(1, 2),
-                *self._at(here, seen),
+    def backward(self, grad: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        """Gradients from ``grad``, that of the merged output ``out``; all as queries are."""
+        sums = Gradients.zeros(out)
+        for part in self.parts:
+            here, seen = part.query, part.key
+            query, key, value = _flash_backward(
+                grad[:, here].transpose(1, 2),
+                *self._at(part),
                 out[:, here].transpose(1, 2),
                 lse[:, here].transpose(1, 2).contiguous(),
                 0.0,
-                causal,
+                part.causal,
                 scale=self.scaling,
             )
-            sums.query[:, here] += found[0].transpose(1, 2)
-            sums.key[:, seen] += found[1].sum(1)
-            sums.value[:, seen] += found[2].sum(1)
+            sums.query[:, here] += query.transpose(1, 2)
+            sums.key[:, seen] += key.sum(1)
+            sums.value[:, seen] += value.sum(1)
+        return sums
 
-        return back
-
-    def _at(self, here: slice, seen: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _at(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """What the kernel takes: keys and values once for each query head, by a stride of 0."""
         repeats = self.query.shape[2]
-        key, value = (x[:, None, seen].expand(-1, repeats, -1, -1) for x in (self.key, self.value))
-        return self.query[:, here].transpose(1, 2), key, value
+        key, value = (
+            x[:, None, part.key].expand(-1, repeats, -1, -1) for x in (self.key, self.value)
+        )
+        return self.query[:, part.query].transpose(1, 2), key, value
 
 
-Way = ByProducts | ByFlash
-
-
-def way_of(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Way:
-    """How to attend with ``query`` [1, H, N, D], ``key`` and ``value`` [1, K, N, D] here."""
-    rows = by_key_head(query, key)
-    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if can_score(query):
-        return ByProducts(rows.contiguous(), key[0].contiguous(), value[0].contiguous(), factor)
-    return ByFlash(rows, key[0], value[0], factor)
+def _merge(out: Tensor, lse: Tensor, mixed: Tensor, sums: Tensor) -> None:
+    """Add keys of another part: both outputs weighted by their shares; in place."""
+    whole = torch.logaddexp(lse, sums)
+    share, other = ((x - whole).exp_()[..., None] for x in (lse, sums))
+    out.copy_(out * share + mixed * other)
+    lse.copy_(whole)

@@ -1,42 +1,64 @@
-"""Attention over segments of one row without copies of keys: parts merged by their log-sum-exps.
+"""Attention over segments of one row without copies of keys, as one node of autograd.
 
-The row's attention is cut into rectangles: some queries over some keys. Softmax over several
-rectangles is theirs weighted by their shares of the sum (arXiv:2205.14135, section 3.1), and the
-gradient of a rectangle needs the merged log-sum-exp and output only. So nothing is repeated,
-gathered or padded, and autograd keeps queries, keys, values and the output once. A rectangle is a
-few products of matrices with a compiled softmax between them (``rectangle.py``), or a call of
-torch's flash kernel where there is no compiler. For CPUs, and plain softmax attention alone.
+Nothing is repeated, gathered or padded, and autograd keeps queries, keys, values and the output
+once. One compiled kernel does all of it (``native/segments.cpp``), or, where there is no compiler,
+torch's flash kernel part by part (``rectangle.py``). For CPUs, and plain softmax attention alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gruppo.model.rectangle import Gradients, Way, by_key_head, way_of
-from gruppo.native import can_score
-
-BLOCK_SCORES: Final = 2**23
-"""Scores of one rectangle, 32 MiB of them in float32, if that leaves it enough queries."""
-_LEAST_QUERIES: Final = 128  # fewer make products too small to be fast, however many keys there are
+from gruppo import native
+from gruppo.model.rectangle import Gradients, Part, Rectangles
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Queries at positions ``query`` over keys at ``key``.
+class Segments:
+    """Attention over ``parts`` by own kernels; each tensor is whole."""
 
-    The last query sees all keys and each one before it one less (``causal``), or all see all.
-    """
+    query: Float[Tensor, "K N R D"]
+    key: Float[Tensor, "K N D"]
+    value: Float[Tensor, "K N D"]
+    scaling: float
+    parts: tuple[native.PartNumbers, ...]
 
-    query: slice
-    key: slice
-    causal: bool
+    def attend(self, out: Float[Tensor, "N H D"]) -> Float[Tensor, "K N R"]:
+        """Write the attention of all queries to ``out``; returns log-sum-exps."""
+        return native.attend_parts(
+            self.query, self.key, self.value, self.parts, scale=self.scaling, out=out
+        )
+
+    def backward(
+        self, grad: Float[Tensor, "N H D"], out: Float[Tensor, "N H D"], lse: Tensor
+    ) -> Gradients:
+        """Gradients from ``grad``, that of the output ``out``."""
+        found = native.attend_parts_backward(
+            self.query,
+            self.key,
+            self.value,
+            self.parts,
+            scale=self.scaling,
+            out=out,
+            lse=lse,
+            grad=grad,
+        )
+        return Gradients(*found)
+
+
+def numbers(parts: Sequence[Part]) -> tuple[native.PartNumbers, ...]:
+    """As the kernels take them."""
+    return tuple(
+        (part.query.start, part.query.stop, part.key.start, part.key.stop, part.causal)
+        for part in parts
+    )
 
 
 def can_merge(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -66,54 +88,7 @@ def merged_attention(
         kind = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
     with torch.autocast("cpu", enabled=False):  # types are chosen here, product by product
-        return _Merged.apply(query, key, value, cut(parts, query), scaling)
-
-
-def cut(parts: Sequence[Part], query: Float[Tensor, "1 H N D"]) -> tuple[Part, ...]:
-    """``parts`` by blocks of queries; torch's kernel cuts for itself."""
-    if not can_score(query):
-        return tuple(parts)
-    return tuple(block for part in parts for block in blocks(part, heads=query.shape[1]))
-
-
-def attend(way: Way, parts: Sequence[Part], out: Float[Tensor, "K N R D"]) -> Tensor:
-    """Write the attention of all queries to ``out``; returns log-sum-exps [K, N, R]."""
-    wide = torch.promote_types(out.dtype, torch.float32)
-    lse = out.new_full(out.shape[:3], -torch.inf, dtype=wide)
-    for part in parts:
-        here = part.query
-        mixed, sums = way.attend(here, part.key, causal=part.causal)
-        if part.causal:
-            out[:, here], lse[:, here] = mixed, sums
-        else:
-            _merge(out[:, here], lse[:, here], mixed, sums)
-    return lse
-
-
-def attend_backward(
-    way: Way,
-    parts: Sequence[Part],
-    given: Float[Tensor, "K N R D"],
-    *,
-    out: Float[Tensor, "K N R D"],
-    lse: Float[Tensor, "K N R"],
-) -> Gradients:
-    """Gradients of queries, keys and values, from that ``given`` of ``out``."""
-    sums = Gradients.zeros(out)
-    back = way.backward(given, out, lse)
-    for part in parts:
-        back(part.query, part.key, sums, causal=part.causal)
-    return sums
-
-
-def blocks(part: Part, *, heads: int) -> Iterator[Part]:
-    """``part`` by some queries at a time, so that its scores do not grow as their square."""
-    width = part.key.stop - part.key.start
-    size = max(_LEAST_QUERIES, BLOCK_SCORES // (heads * width))
-    for start in range(part.query.start, part.query.stop, size):
-        stop = min(start + size, part.query.stop)
-        unseen = part.query.stop - stop if part.causal else 0
-        yield Part(slice(start, stop), slice(part.key.start, part.key.stop - unseen), part.causal)
+        return _Merged.apply(query, key, value, tuple(parts), scaling)
 
 
 class _Merged(torch.autograd.Function):
@@ -128,8 +103,8 @@ class _Merged(torch.autograd.Function):
     ) -> Tensor:
         _, heads, length, width = query.shape
         out = query.new_empty(1, length, heads, width)
-        way = way_of(query, key, value, scaling)
-        lse = attend(way, parts, by_key_head(out.transpose(1, 2), key))
+        way = _way(query, key, value, parts, scaling)
+        lse = way.attend(out[0] if isinstance(way, Segments) else _by_key_head(out[0], key))
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.parts, ctx.scaling = parts, scaling
         return out
@@ -138,18 +113,32 @@ class _Merged(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         query, key, value, out, lse = ctx.saved_tensors
-        merged, given = (
-            by_key_head(tensor.transpose(1, 2), key) for tensor in (out, grad_outputs[0])
-        )
-        way = way_of(query, key, value, ctx.scaling)
+        (given,) = grad_outputs
+        way = _way(query, key, value, ctx.parts, ctx.scaling)
         with torch.autocast("cpu", enabled=False):  # whoever calls backward within it
-            sums = attend_backward(way, ctx.parts, given, out=merged, lse=lse)
-        return *sums.like(query, key), None, None
+            if isinstance(way, Segments):
+                sums = way.backward(given[0].contiguous(), out[0], lse)
+            else:
+                sums = way.backward(*(_by_key_head(x[0], key) for x in (given, out)), lse)
+        _, heads, length, width = query.shape
+        rows = query.new_empty(length, heads, width)
+        _by_key_head(rows, key).copy_(sums.query)
+        found = (rows.transpose(0, 1), sums.key.to(key.dtype), sums.value.to(key.dtype))
+        return *(gradient[None] for gradient in found), None, None
 
 
-def _merge(out: Tensor, lse: Tensor, mixed: Tensor, sums: Tensor) -> None:
-    """Add keys of another part: both outputs weighted by their shares; in place."""
-    whole = torch.logaddexp(lse, sums)
-    share, other = ((x - whole).exp_()[..., None] for x in (lse, sums))
-    out.copy_(out * share + mixed * other)
-    lse.copy_(whole)
+def _by_key_head(rows: Float[Tensor, "N H D"], key: Tensor) -> Float[Tensor, "K N R D"]:
+    """A view of what is ordered by query head; ``key`` [1, K, ...] says how many share one."""
+    return rows.unflatten(1, (key.shape[1], -1)).transpose(0, 1)
+
+
+def _way(
+    query: Tensor, key: Tensor, value: Tensor, parts: tuple[Part, ...], scaling: float | None
+) -> Segments | Rectangles:
+    """How to attend with ``query`` [1, H, N, D], ``key`` and ``value`` [1, K, N, D] here."""
+    rows = _by_key_head(query[0].transpose(0, 1), key)
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not native.can_attend_parts(query):
+        return Rectangles(rows, key[0], value[0], factor, parts)
+    whole = (x.contiguous() for x in (rows, key[0], value[0]))
+    return Segments(*whole, factor, numbers(parts))

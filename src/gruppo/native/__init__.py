@@ -8,7 +8,12 @@ from gruppo.native.compiled import identity, kernels
 from gruppo.native.layer import add_norm, rotate_and_keep, swiglu
 from gruppo.native.product import Panels, can_multiply, cut_columns, cut_rows, multiply
 from gruppo.native.sampling import can_sample, sample
-from gruppo.native.scores import Mask, can_score, score_gradient, softmax_scores
+from gruppo.native.segments import (
+    PartNumbers,
+    attend_parts,
+    attend_parts_backward,
+    can_attend_parts,
+)
 from gruppo.native.softmax import can_softmax, pick, pick_gradient_
 from gruppo.native.training import (
     add_,
@@ -21,15 +26,17 @@ from gruppo.native.training import (
 )
 
 __all__ = [
-    "Mask",
     "Panels",
+    "PartNumbers",
     "add_",
     "add_norm",
+    "attend_parts",
+    "attend_parts_backward",
     "can_add",
     "can_attend",
+    "can_attend_parts",
     "can_multiply",
     "can_sample",
-    "can_score",
     "can_softmax",
     "cut_columns",
     "cut_rows",
@@ -44,8 +51,6 @@ __all__ = [
     "pick_gradient_",
     "rotate_and_keep",
     "sample",
-    "score_gradient",
-    "softmax_scores",
     "split_heads",
     "swiglu",
     "swiglu_backward",
