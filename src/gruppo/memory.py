@@ -11,6 +11,7 @@ import gc
 import logging
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Final, TypeVar, final
 
@@ -31,29 +32,52 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 def micro_batches(
     rollout: Rollout, rows: Sequence[int] | range, budget: int, *, packed: bool
 ) -> Iterator[Tensor]:
-    """Cut rows into forward passes of at most ``budget`` positions.
+    """Cut rows into forward passes of at most ``budget`` positions; see :func:`portions`."""
+    extents = [
+        Extent(
+            group=int(rollout.group[row]),
+            prompt=len(rollout.prompts[int(rollout.group[row])]),
+            completion=int(rollout.length[row]),
+        )
+        for row in rows
+    ]
+    for part in portions(extents, budget, packed=packed):
+        yield torch.tensor([rows[at] for at in part])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """What a row takes: tokens of its prompt, which its ``group`` shares, and of its completion."""
+
+    group: int
+    prompt: int
+    completion: int
+
+
+def portions(extents: Sequence[Extent], budget: int, *, packed: bool) -> Iterator[list[int]]:
+    """Places of rows that go forward together, in at most ``budget`` positions.
 
     Packed, rows of a group stay together and its prompt counts once; else rows of like length go
     together, so that little is padded. One row too long for the budget still goes, alone.
     """
-    prompt = {b: len(rollout.prompts[int(rollout.group[b])]) for b in rows}
-    size = {b: prompt[b] + int(rollout.length[b]) for b in rows}
-    order = list(rows) if packed else sorted(rows, key=lambda b: (-size[b], b))
+    size = [extent.prompt + extent.completion for extent in extents]
+    every = range(len(extents))
+    order = every if packed else sorted(every, key=lambda row: (-size[row], row))
     batch: list[int] = []
     used = 0
     for row in order:
         if packed:
-            shared = bool(batch) and rollout.group[batch[-1]] == rollout.group[row]
-            total = used + size[row] - prompt[row] * shared
+            shared = bool(batch) and extents[batch[-1]].group == extents[row].group
+            total = used + size[row] - extents[row].prompt * shared
         else:
             total = (len(batch) + 1) * size[(batch or [row])[0]]
         if batch and total > budget:
-            yield torch.tensor(batch)
+            yield batch
             batch, total = [], size[row]
         batch.append(row)
         used = total
     if batch:
-        yield torch.tensor(batch)
+        yield batch
 
 
 @final

@@ -119,12 +119,15 @@ def told(recipe: Recipe) -> str:
         return f"memory: not known ({str(error)[:200]})"
 
 
-def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
+def memory(
+    recipe: Recipe, *, prompt_tokens: int | None = None, largest: Shape | None = None
+) -> MemoryPlan:
     """Plan the memory of a run of ``recipe``.
 
     Args:
         recipe: a checked recipe.
         prompt_tokens: length of every prompt; None takes ``data.max_prompt_tokens``.
+        largest: micro-batch, if it is known; None takes one as full as the recipe lets it be.
 
     Raises:
         ValueError, OSError: the model's configuration cannot be had.
@@ -132,12 +135,12 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
     model, rollout = pin(recipe.model), recipe.rollout
     length = prompt_tokens or recipe.data.max_prompt_tokens or USUAL_PROMPT
     compute = torch.bfloat16 if model.compute == "bfloat16" else torch.float32
-    groups = _groups(recipe, length)
+    largest = largest or _full(recipe, length)
     asked = model.products  # pinned, so never "auto"
     products: Products = asked if asked != "auto" and can_choose(asked, compute) else "torch"
     found = footprint(
         model.name,
-        Shape(prompts=[length] * len(groups), group=max(groups), completion=rollout.max_tokens),
+        largest,
         revision=model.revision,
         lora=model.lora,
         compute=compute,
@@ -158,7 +161,7 @@ def memory(recipe: Recipe, *, prompt_tokens: int | None = None) -> MemoryPlan:
         moments=2 * found.trainable,
         reference=found.weights if copied else 0,
         activations=found.saved + found.copies,
-        head=_head(found, sum(groups) * rollout.max_tokens, products, cpu=model.device == "cpu"),
+        head=_head(found, largest.positions, products, cpu=model.device == "cpu"),
         cache=cache,
         packed=packed,
         kept=_kept(model.device, cache + packed),
@@ -200,8 +203,8 @@ def _copies(device: str) -> int:
     return _DRAW_COMPILED if device == "cpu" and kernels() is not None else _DRAW
 
 
-def _groups(recipe: Recipe, prompt: int) -> list[int]:
-    """Completions of each prompt in the largest micro-batch."""
+def _full(recipe: Recipe, prompt: int) -> Shape:
+    """The largest micro-batch: completions that all have ``max_tokens``, in as many groups."""
     rollout, budget = recipe.rollout, recipe.train.tokens_per_microbatch
     most = rollout.prompts_per_step * rollout.group_size
     rows, used = 0, 0
@@ -211,7 +214,10 @@ def _groups(recipe: Recipe, prompt: int) -> list[int]:
             break
         rows += 1
     whole, rest = divmod(rows, rollout.group_size)
-    return [rollout.group_size] * whole + [rest] * (rest > 0)
+    groups = [rollout.group_size] * whole + [rest] * (rest > 0)
+    return Shape(
+        prompts=[prompt] * len(groups), completions=[[rollout.max_tokens] * size for size in groups]
+    )
 
 
 def _rows(recipe: Recipe) -> int:

@@ -1,5 +1,6 @@
 """The memory plan: counted parts equal what a real pass and the real engine hold."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -39,7 +40,7 @@ def really_saved(model, shape: Shape, dtype) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lora", [None, Lora(rank=4)])
 def test_saved_activations_are_those_of_a_real_forward(tiny_folder, dtype, lora):
-    shape = Shape(prompts=[9, 4], group=3, completion=6)
+    shape = Shape.even(prompts=[9, 4], group=3, completion=6)
     found = footprint(str(tiny_folder), shape, compute=dtype, lora=lora, thrift=False)
     model = load(str(tiny_folder)).model
     if lora is not None:
@@ -52,7 +53,7 @@ def test_saved_activations_are_those_of_a_real_forward(tiny_folder, dtype, lora)
 @pytest.mark.skipif(native.kernels() is None, reason="no C++ compiler here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pass_in_few_calls_keeps_what_is_counted(tiny_folder, dtype):
-    shape = Shape(prompts=[9, 4], group=3, completion=6)
+    shape = Shape.even(prompts=[9, 4], group=3, completion=6)
     found = footprint(str(tiny_folder), shape, compute=dtype)
     model = load(str(tiny_folder)).model
     decoder = find_pass(model)
@@ -84,7 +85,7 @@ def test_checkpointing_keeps_less(tiny_folder):
     sizes = [
         footprint(
             str(tiny_folder),
-            Shape(prompts=[9], group=3, completion=6),
+            Shape.even(prompts=[9], group=3, completion=6),
             gradient_checkpointing=on,
             thrift=False,
         ).saved
@@ -135,10 +136,28 @@ def test_what_opening_a_model_will_load_is_counted(tiny_folder, monkeypatch, now
 
 def test_the_largest_micro_batch_fits_the_budget(tiny_folder):
     """Prompts of 10, completions of 20: 90 a group of four; two groups are 180, a row more 210."""
-    assert plan._groups(recipe(tiny_folder), 10) == [4, 4]
-    assert plan._groups(recipe(tiny_folder, "train.tokens_per_microbatch=120"), 10) == [4, 1]
-    assert plan._groups(recipe(tiny_folder, "train.tokens_per_microbatch=1"), 10) == [1]
-    assert plan._groups(recipe(tiny_folder, "train.tokens_per_microbatch=9999"), 10) == [4, 4, 4]
+
+    def groups(*changes):
+        full = plan._full(recipe(tiny_folder, *changes), 10)
+        assert {*full.prompts} == {10}
+        assert {length for group in full.completions for length in group} == {20}
+        return [len(group) for group in full.completions]
+
+    assert groups() == [4, 4]
+    assert groups("train.tokens_per_microbatch=120") == [4, 1]
+    assert groups("train.tokens_per_microbatch=1") == [1]
+    assert groups("train.tokens_per_microbatch=9999") == [4, 4, 4]
+
+
+def test_a_micro_batch_that_is_known_is_counted(tiny_folder):
+    """Of two groups, three completions; a step of the full size needs more, of nothing else."""
+    small = Shape(prompts=[10, 4], completions=[[7, 2], [5]])
+    known = plan.memory(recipe(tiny_folder), prompt_tokens=10, largest=small)
+    full = plan.memory(recipe(tiny_folder), prompt_tokens=10)
+    assert known.head == 14 * 258 * 4 + 258 * 32 * 4
+    counted = footprint(str(tiny_folder), small)
+    assert known.activations == counted.saved + counted.copies < full.activations
+    assert replace(known, activations=full.activations, head=full.head) == full
 
 
 def test_the_head_keeps_logits_up_to_its_budget(tiny_folder, monkeypatch):

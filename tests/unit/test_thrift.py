@@ -97,7 +97,7 @@ def test_what_cannot_be_made_again_is_kept():
 @pytest.mark.parametrize("thrift", [False, True])
 def test_the_footprint_is_what_stays_alive(tiny_folder, monkeypatch, thrift):
     monkeypatch.setattr("gruppo.model.footprint.find_pass", lambda model, device: None)
-    shape = Shape(prompts=[9, 4], group=3, completion=6)
+    shape = Shape.even(prompts=[9, 4], group=3, completion=6)
     model: nn.Module = load(str(tiny_folder)).model.train()
     packing = shape.packed()
     with Alive() as alive:

@@ -38,8 +38,9 @@ def as_table(found: Report) -> dict[str, Any]:
     """Everything as plain data."""
     plain = asdict(found)
     plain["seconds"] = found.timing.seconds()
-    if found.memory is not None:
-        plain["memory"]["peak"] = found.memory.peak
+    for name, plan in (("memory", found.memory), ("memory_full", found.memory_full)):
+        if plan is not None:
+            plain[name]["peak"] = plan.peak
     return plain
 
 
@@ -103,11 +104,12 @@ def _costs(recipe: Recipe, found: Report, console: Console) -> None:
         f"the run: about {duration(found.run_seconds)} for {recipe.train.steps} steps and "
         f"evaluations ({duration(found.evaluation_seconds)}), checkpoints not counted",
     )
-    if found.memory is None:
+    if found.memory is None or found.memory_full is None:
         say(console, f"memory: not known ({found.memory_unknown})")
     else:
+        full = f"; {found.memory_full.peak / _GIB:.1f} GiB if every group teaches"
         there = "" if found.available is None else f"; {found.available / _GIB:.1f} GiB are there"
-        say(console, found.memory.text() + there)
+        say(console, found.memory.text() + full + there)
     many = "" if found.updates_per_rollout == 1 else f", {found.updates_per_rollout} a step"
     say(console, f"optimizer steps: {found.optimizer_steps:,}{many}")
 

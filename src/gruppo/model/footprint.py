@@ -55,21 +55,32 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """One packed row: prompts of these lengths, each with ``group`` completions of a length."""
+    """One packed row: prompts of these lengths, each with completions of these."""
 
     prompts: Sequence[int]
-    group: int
-    completion: int
+    completions: Sequence[Sequence[int]]
+
+    @classmethod
+    def even(cls, *, prompts: Sequence[int], group: int, completion: int) -> Shape:
+        """``group`` completions of one length to each prompt."""
+        return cls(prompts=prompts, completions=[[completion] * group] * len(prompts))
+
+    @property
+    def positions(self) -> int:
+        """Completion tokens: what the head predicts."""
+        return sum(map(sum, self.completions))
 
     def packed(self) -> Packing:
         """Its layout. Every prompt differs in its first token: equal neighbours would be one."""
         rows = [
             (number, *range(1, length))
-            for number, length in enumerate(self.prompts)
-            for _ in range(self.group)
+            for number, (length, group) in enumerate(
+                zip(self.prompts, self.completions, strict=True)
+            )
+            for _ in group
         ]
-        tokens = torch.zeros(len(rows), self.completion, dtype=torch.long)
-        return pack(rows, tokens, [self.completion] * len(rows))
+        counts = [length for group in self.completions for length in group]
+        return pack(rows, torch.zeros(len(rows), max(counts), dtype=torch.long), counts)
 
 
 def footprint(  # noqa: PLR0913 - a model, and what decides how it is computed

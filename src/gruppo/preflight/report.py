@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Final
 
+from gruppo.model.footprint import Shape
 from gruppo.plan import MemoryPlan, memory
 from gruppo.preflight.advice import Advice, Facts, advise
 from gruppo.preflight.machine import available_bytes
+from gruppo.preflight.microbatch import largest_micro_batch
 from gruppo.preflight.sampling import Sampled, sample
 from gruppo.preflight.statistics import Dead, Interval, dead_share, mean_interval, wilson
-from gruppo.preflight.timing import Timing, measure_timing
+from gruppo.preflight.timing import Timing, measure_timing, skips_dead
 from gruppo.preflight.words import knobs
 from gruppo.recipe import Recipe
 from gruppo.recipe.build import Parts, resolve
@@ -43,7 +45,11 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a preflight found. Shares are in [0, 1], times in seconds, sizes in bytes or tokens."""
+    """What a preflight found. Shares are in [0, 1], times in seconds, sizes in bytes or tokens.
+
+    ``memory`` is of a run whose groups are like those that were drawn, ``memory_full`` of one in
+    which every group teaches and no completion ends early.
+    """
 
     groups: int
     completions: int
@@ -58,6 +64,7 @@ class Report:
     unscored: float
     reward_seconds: float
     memory: MemoryPlan | None
+    memory_full: MemoryPlan | None = None
     memory_unknown: str = ""
     available: int | None
     timing: Timing
@@ -85,7 +92,7 @@ def preflight(
     began = time.perf_counter()
     if groups < 1:
         raise ValueError(f"groups = {groups}: must be at least 1")
-    available, process = available_bytes(recipe), _plan(recipe, None)[0]
+    available, process = available_bytes(recipe), _plan(recipe)[0]
     parts = resolve(recipe, report)
     try:
         sampled = sample(
@@ -93,11 +100,15 @@ def preflight(
         )
         timing = measure_timing(parts.recipe, parts, sampled)
         longest = max(len(group.prompt_tokens) for group in sampled.groups)
-        planned, unknown = _plan(parts.recipe, longest)
-        if planned is not None and process is not None:
-            planned = replace(planned, process=process.process)  # before the model was there
+        shapes = (_largest(parts, sampled), None)
+        plans = [_plan(parts.recipe, longest, shape) for shape in shapes]
+        unknown = plans[0][1]
+        planned, full = (
+            plan and process and replace(plan, process=process.process)  # before the model was there
+            for plan, _ in plans
+        )
         found = _report(parts, sampled, timing, planned)
-        found = replace(found, memory_unknown=unknown, available=available)
+        found = replace(found, memory_full=full, memory_unknown=unknown, available=available)
         facts = _facts(parts, sampled, found)
         return replace(
             found,
@@ -108,12 +119,28 @@ def preflight(
         parts.close()
 
 
-def _plan(recipe: Recipe, prompt_tokens: int | None) -> tuple[MemoryPlan | None, str]:
+def _plan(
+    recipe: Recipe, prompt_tokens: int | None = None, largest: Shape | None = None
+) -> tuple[MemoryPlan | None, str]:
     """The memory plan, or why there is none (a model whose code needs real tensors, say)."""
     try:
-        return memory(recipe, prompt_tokens=prompt_tokens), ""
+        return memory(recipe, prompt_tokens=prompt_tokens, largest=largest), ""
     except (ValueError, OSError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         return None, str(error)[:200]
+
+
+def _largest(parts: Parts, sampled: Sampled) -> Shape:
+    """The largest micro-batch of a run whose groups are like those that were drawn."""
+    rollout, train = parts.recipe.rollout, parts.recipe.train
+    return largest_micro_batch(
+        sampled.groups,
+        size=-(-rollout.prompts_per_step // train.minibatches),
+        budget=train.tokens_per_microbatch,
+        steps=train.num_updates,
+        packed=parts.policy.packed,
+        skips=skips_dead(parts.recipe, parts.objective),
+        resamples=rollout.filter == "resample",
+    )
 
 
 def _report(parts: Parts, sampled: Sampled, timing: Timing, planned: MemoryPlan | None) -> Report:
@@ -264,7 +291,7 @@ def _facts(parts: Parts, sampled: Sampled, found: Report) -> Facts:
         unique=unique / len(tokens),
         scoring_share=found.timing.scoring / max(found.timing.step, 1e-9),
         run_seconds=found.run_seconds,
-        peak=found.memory.peak if found.memory is not None else None,
+        peak=found.memory_full.peak if found.memory_full is not None else None,
         available=found.available,
         problems=sum(len(problems) for problems, _ in parts.problems.train),
         draws=found.timing.batches,
