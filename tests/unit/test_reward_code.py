@@ -1,7 +1,6 @@
 """The code reward: which program is taken, three forms of tests, whose fault a failure is."""
 
 import json
-import sys
 
 import pytest
 
@@ -13,8 +12,9 @@ from gruppo.reward.code_run import Trial, WrongTests, run
 from gruppo.reward.code_tests import read_suite
 from gruppo.sandbox import Box, NoSandbox, Sandbox, SandboxFailure
 from gruppo.types import Completion, Problem, Score
+from support.boxes import linux
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
+pytestmark = linux
 BOX = Sandbox(kind="lite", cpu_s=1, wall_s=3.0, memory_mib=256)
 
 ADD = {
