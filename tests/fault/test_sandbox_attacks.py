@@ -17,14 +17,14 @@ from gruppo.sandbox import Pool, Sandbox, choose
 from support.attack import Attack
 from support.attacks import ATTACKS, HARMLESS
 from support.attacks_compiled import COMPILED, COMPILED_HARMLESS, PROGRAM
-from support.wasi import missing as wasi_missing
+from support.boxes import linux, needs_wasi
 from support.wasi import shared_cache
 
 CHILD = Path(__file__).parents[1] / "support" / "attack_child.py"
 USER = 61_111
 PLAIN_PYTHON = "/usr/bin/python3"  # one that an ordinary user can reach
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
+pytestmark = linux
 KINDS = [kind for kind in ("bubblewrap", "lite") if kind == "lite" or shutil.which("bwrap")]
 BOXES = [
     pytest.param(
@@ -33,8 +33,6 @@ BOXES = [
     )
     for kind in ("bubblewrap", "lite")
 ]
-NO_WASI = wasi_missing()
-needs_wasi = pytest.mark.skipif(NO_WASI != "", reason=NO_WASI)
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or not os.path.exists(PLAIN_PYTHON),
     reason=f"becoming another user needs root, and {PLAIN_PYTHON} for it",

@@ -14,6 +14,7 @@ from gruppo.model import (
     multiplying,
     products,
     summing,
+    timed_products,
 )
 from gruppo.model.joint import give_products
 from gruppo.policy import Optim, Policy
@@ -43,7 +44,7 @@ def made(monkeypatch):
         return spy
 
     assert products.can_choose("onednn", torch.float32)
-    monkeypatch.setitem(products._MULTIPLY, "onednn", spied(products._onednn))
+    monkeypatch.setitem(products.MULTIPLY, "onednn", spied(products._onednn))
     monkeypatch.setattr(native, "multiply", spied(native.multiply))
     return shapes
 
@@ -226,33 +227,36 @@ def test_other_types_are_left_alone(made, dtype, library):
 def test_the_fastest_library_is_chosen(monkeypatch, tmp_path, seconds, chosen):
     monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path))
     there = ("torch", "onednn", "native")[: len(seconds)]
-    monkeypatch.setattr(products, "can_choose", lambda kind, dtype: kind in there)
-    monkeypatch.setattr(products, "fastest", lambda works, repeats: list(seconds))
-    products._measured.cache_clear()
+    monkeypatch.setattr(timed_products, "can_choose", lambda kind, dtype: kind in there)
+    monkeypatch.setattr(timed_products, "fastest", lambda works, repeats: list(seconds))
+    timed_products._measured.cache_clear()
     try:
         assert faster_products("cpu", torch.float32) == chosen
         assert faster_products("cuda", torch.float32) == "torch"
-        monkeypatch.setattr(products, "fastest", lambda works, repeats: list(reversed(seconds)))
-        products._measured.cache_clear()  # the next process
+        monkeypatch.setattr(
+            timed_products, "fastest", lambda works, repeats: list(reversed(seconds))
+        )
+        timed_products._measured.cache_clear()  # the next process
         assert faster_products("cpu", torch.float32) == chosen
     finally:
-        products._measured.cache_clear()
+        timed_products._measured.cache_clear()
 
 
 def test_every_library_is_really_timed(monkeypatch, tmp_path):
     """With the shapes that training has; the answer is one of those that are there."""
     monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path))
-    products._measured.cache_clear()
+    timed_products._measured.cache_clear()
     try:
         for compute in (torch.float32, torch.bfloat16):
             there = {"torch", *(kind for kind in OTHERS if products.can_choose(kind, compute))}
             assert faster_products("cpu", compute) in there
     finally:
-        products._measured.cache_clear()
+        timed_products._measured.cache_clear()
 
 
 def test_where_others_cannot_be_had_it_is_torch(monkeypatch, made):
-    monkeypatch.setattr(products, "can_choose", lambda kind, compute: False)
+    for asks in (products, timed_products):
+        monkeypatch.setattr(asks, "can_choose", lambda kind, compute: False)
     with multiplying("native"):
         assert products.current_products() == "torch"
         assert torch.equal(nn.Linear(2, 3, bias=False)(torch.zeros(1, 2)), torch.zeros(1, 3))

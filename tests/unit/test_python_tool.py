@@ -1,7 +1,6 @@
 """The Python tool: what a program prints and how it ends, and that it reaches nothing."""
 
 import json
-import sys
 
 import pytest
 
@@ -11,9 +10,8 @@ from gruppo.recipe import load
 from gruppo.recipe.environment import EnvironmentSection
 from gruppo.sandbox import Sandbox
 from gruppo.types import Message
+from support.boxes import linux
 from support.dialogues import problem
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
 
 
 def call(name, **arguments):

@@ -1,7 +1,6 @@
 """The code reward: which program is taken, three forms of tests, whose fault a failure is."""
 
 import json
-import sys
 
 import pytest
 
@@ -9,13 +8,13 @@ from gruppo.data import tasks
 from gruppo.recipe import load
 from gruppo.recipe.build import open_rewards
 from gruppo.reward import Code, Part, RewardSet
-from gruppo.reward.code import _LANGUAGES, last_block
 from gruppo.reward.code_run import Trial, WrongTests, run
 from gruppo.reward.code_tests import read_suite
 from gruppo.sandbox import Box, NoSandbox, Sandbox, SandboxFailure
 from gruppo.types import Completion, Problem, Score
+from support.boxes import linux
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
+pytestmark = linux
 BOX = Sandbox(kind="lite", cpu_s=1, wall_s=3.0, memory_mib=256)
 
 ADD = {
@@ -53,59 +52,6 @@ def graded(reward: Code, tests: object, *sources: str) -> list:
     problem = Problem(id="p", prompt=(), info={"tests": tests})
     values = reward(problem, [row(block(source)) for source in sources])
     return [(v.error.fault, v.error.kind) if isinstance(v, Score) else v for v in values]
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("```\na\n```\n```python\nb\n```\nend", "b\n"),
-        ("  ```py\na\n  ```", "a\n"),
-        ("```python\na", None),
-        ("a = 1", None),
-        ("```a``` is code", None),
-        ("```python\n```", ""),
-        ("```\na\n```\n```\nb", "a\n"),
-        ("```python\na\n```\n```python3\nb\n```", "b\n"),
-        ("```python\na\n```\n```text\n9\n```", "a\n"),  # what it prints
-        ("```python\na\n```\n```\n9\n```", "a\n"),
-        ("```json\n{}\n```\n```bash\nls\n```", None),
-        ("```\na\n```\n```bash\npython a.py\n```", "a\n"),
-        ("```Python title='x'\na\n```\n```pythonic\nb\n```", "a\n"),
-    ],
-)
-def test_the_last_closed_block_of_the_language_is_the_program(text: str, found: str | None) -> None:
-    assert last_block(text, {"python", "python3", "py"}) == found
-
-
-@pytest.mark.parametrize(
-    ("language", "own", "other"),
-    [
-        (
-            "python",
-            "python py Python3 py3 python3.11 python3.12.1 {python} {.python} {.python3.11} .py "
-            "{python,echo=FALSE} python{1,3} python:main.py python,no_run py3=",
-            "python2.7 pythonic python-repl {python-console} pypy cython py4j {r} {=python} {} c+",
-        ),
-        (
-            "cpp",
-            "cpp c++ cc cxx {c++} {.cpp} .cpp C++,ignore c++17 C++20 cpp23",
-            "c {c} c# c+++ c++-header cpp2",
-        ),
-        (
-            "c",
-            "c C {c} {.c} .c c:main.c c,ignore c99 c11",
-            "c++ {c++} c# {c#} cpp c-sharp ch objective-c",
-        ),
-    ],
-    ids=["python", "cpp", "c"],
-)
-def test_marks_of_the_language_and_of_others(language: str, own: str, other: str) -> None:
-    marks = _LANGUAGES[language].marks
-    spaced = ["{ .MARK }", "{.MARK .cell #id}", "  MARK  title='a'"]
-    mine = [*own.split(), *(form.replace("MARK", own.split()[0]) for form in spaced)]
-    assert [last_block(f"```{mark}\na\n```", marks) for mark in mine] == ["a\n"] * len(mine)
-    foreign = other.split()
-    assert [last_block(f"```{mark}\na\n```", marks) for mark in foreign] == [None] * len(foreign)
 
 
 def test_what_a_program_prints_is_not_taken_for_it(reward: Code) -> None:

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -25,8 +24,9 @@ from gruppo.sandbox.lite import Lite
 from gruppo.sandbox.pool import Pool
 from gruppo.sandbox.toolchain import find
 from gruppo.types import Completion, Problem, Score
+from support.boxes import linux
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
+pytestmark = linux
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 BOXES = [
     "lite",

@@ -1,7 +1,6 @@
 """How a run's programs are run: said at its start and end, kept in its folder, told on resume."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,9 @@ from gruppo.cli import main
 from gruppo.recipe import load
 from gruppo.recipe.session import resume, start
 from gruppo.train import train
+from support.boxes import linux
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
+pytestmark = linux
 
 
 def few(tiny_folder: Path, kind: str) -> list[str]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,18 +29,28 @@ from gruppo.sandbox import (
 from gruppo.sandbox.choose import find
 from gruppo.sandbox.lite import Lite, Unboxed
 from gruppo.sandbox.python import library
+from gruppo.sandbox.wasi import Wasi
 from gruppo.sandbox.wire import check
+from support.boxes import linux, needs_wasi, opened, script
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
 SETTINGS = Sandbox(kind="lite", cpu_s=2, wall_s=10.0, memory_mib=256)
 
 
-def run_script(source: str, stdin: str, settings: Sandbox = SETTINGS) -> Outcome:
-    pool = Pool(Lite, settings, 1)
-    try:
-        return pool.map(lambda fresh, text: fresh().script(text, stdin.encode()), [source])[0]
-    finally:
-        pool.close()
+def run_script(source: str, settings: Sandbox = SETTINGS) -> Outcome:
+    with opened(Lite, settings) as pool:
+        return script(pool, source)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(Lite, marks=linux), pytest.param(Wasi, marks=needs_wasi)],
+)
+def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
+    """Boxes with the host's interpreter, and with the one that is compiled to WebAssembly."""
+    backend = request.param()
+    settings = Sandbox(kind=backend.kind, cpu_s=2, wall_s=60.0, memory_mib=256)
+    with opened(lambda: backend, settings) as made:
+        yield made
 
 
 @pytest.mark.parametrize(
@@ -128,31 +139,28 @@ def test_wall_clock_is_ten_times_the_processor_time() -> None:
     assert Sandbox(cpu_s=3, wall_s=4.0).wall == 4.0
 
 
-@linux
-def test_a_script_gets_its_input_and_leaves_output_and_status() -> None:
-    outcome = run_script(
-        "import sys\nprint(input()[::-1])\nprint('e', file=sys.stderr)\nexit(3)", "abc\n"
-    )
+def test_a_script_gets_its_input_and_leaves_output_and_status(pool: Pool) -> None:
+    source = "import sys\nprint(input()[::-1])\nprint('e', file=sys.stderr)\nexit(3)"
+    outcome = script(pool, source, "abé\n".encode())
     assert (outcome.ended, outcome.code) == ("exit", 3)
-    assert (outcome.stdout, outcome.stderr) == (b"cba\n", b"e\n")
+    assert (outcome.stdout, outcome.stderr) == ("éba\n".encode(), b"e\n")
 
 
-@linux
-def test_large_input_arrives_whole() -> None:
-    outcome = run_script("import sys\nprint(len(sys.stdin.read()))", "x" * 3_000_000)
+def test_large_input_arrives_whole(pool: Pool) -> None:
+    outcome = script(pool, "import sys\nprint(len(sys.stdin.read()))", b"x" * 3_000_000)
     assert outcome.stdout == b"3000000\n"
 
 
 @linux
 def test_too_much_output_ends_the_program() -> None:
-    outcome = run_script("print('x' * (2 << 20))", "")
+    outcome = run_script("print('x' * (2 << 20))")
     assert outcome.ended == "output"
 
 
 @linux
 def test_the_standard_library_is_there_and_nothing_else() -> None:
     source = "import heapq, decimal, statistics, zoneinfo\nimport torch"
-    outcome = run_script(source, "")
+    outcome = run_script(source)
     assert outcome.code == 1
     assert b"No module named 'torch'" in outcome.stderr
 
@@ -169,7 +177,7 @@ def test_installed_packages_cannot_be_read() -> None:
         f"import sys\ntop = next(p for p in sys.path if p.endswith({Path(found.modules).name!r}))"
     )
     for name in map(str, files):
-        outcome = run_script(f"{source}\nopen(f'{{top}}/{name}')", "")
+        outcome = run_script(f"{source}\nopen(f'{{top}}/{name}')")
         assert b"PermissionError" in outcome.stderr
     readable, listed = found.split()
     assert not [path for path in readable for other in hidden if other.is_relative_to(path)]
@@ -182,24 +190,22 @@ def test_threads_only_where_they_are_allowed() -> None:
     source = (
         "import threading\nt = threading.Thread(target=print, args=('ran',))\nt.start()\nt.join()"
     )
-    assert b"can't start new thread" in run_script(source, "").stderr
+    assert b"can't start new thread" in run_script(source).stderr
     allowed = Sandbox(kind="lite", processes=4, wall_s=10.0)
-    assert run_script(source, "", allowed).stdout == b"ran\n"
+    assert run_script(source, allowed).stdout == b"ran\n"
 
 
-@linux
-def test_functions_are_called_and_return_data() -> None:
+def test_functions_are_called_and_return_data_and_what_they_print_is_no_reply(pool: Pool) -> None:
     def task(fresh, _):
         box = fresh()
-        loaded = box.load("def f(a, *, b):\n    return (a, b)\nclass S:\n    def m(self): return 1")
+        loaded = box.load(
+            "def f(a, *, b):\n    print('{}')\n    return (a, b)\n"
+            "class S:\n    def m(self): return 1\n"
+        )
         pair = box.call(Call(name="f", args=(1,), kwargs={"b": {"$set": [2]}}))
-        method = box.call(Call(name="S.m"))
-        missing = box.call(Call(name="g"))
-        return loaded, pair, method, missing
+        return loaded, pair, box.call(Call(name="S.m")), box.call(Call(name="g"))
 
-    pool = Pool(Lite, SETTINGS, 1)
-    loaded, pair, method, missing = pool.map(task, [0])[0]
-    pool.close()
+    [(loaded, pair, method, missing)] = pool.map(task, [0])
     assert loaded == Returned(value=None)
     assert pair == Returned(value={"$tuple": [1, {"$set": [2]}]})
     assert method == Returned(value=1)

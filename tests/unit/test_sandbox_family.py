@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +10,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from gruppo.sandbox.family import Family
+from support.boxes import linux
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
+pytestmark = linux
 _KILL, _KILL_GROUP = os.kill, os.killpg
 
 

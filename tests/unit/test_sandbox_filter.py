@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from gruppo.sandbox import filter as seccomp
 from gruppo.sandbox import syscalls
+from support.boxes import linux
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
+pytestmark = linux
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 EPERM, EAGAIN, ENOSYS = ERRNO | 1, ERRNO | 11, ERRNO | 38
 LIST = 0x1234_5678_9AB0

@@ -3,7 +3,6 @@
 import ast
 import json
 import math
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -12,10 +11,8 @@ from gruppo.sandbox import Box, Sandbox, bundle, guest
 from gruppo.sandbox.base import Backend
 from gruppo.sandbox.lite import Lite
 from gruppo.sandbox.wasi import Wasi
-from support.wasi import missing
+from support.boxes import linux, needs_wasi
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="boxes need Linux")
-needs_wasi = pytest.mark.skipif(missing() != "", reason=missing())
 SLOW = ("ast", "typing")
 PACKAGES = ("contextlib", "enum", "functools", "json", "re")
 

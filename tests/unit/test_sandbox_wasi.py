@@ -1,4 +1,4 @@
-"""The WASI box: the same scores as elsewhere, limits, refusals, and whose machine code it runs."""
+"""The WASI box: scores as elsewhere, limits, refusals, and whose machine code it runs."""
 
 import os
 import shutil
@@ -10,59 +10,21 @@ from pathlib import Path
 import pytest
 
 from gruppo.reward import Code
-from gruppo.sandbox import (
-    Box,
-    Call,
-    NoSandbox,
-    Outcome,
-    Pool,
-    Returned,
-    Sandbox,
-    choose,
-    interpreter,
-)
+from gruppo.sandbox import Box, NoSandbox, Pool, Sandbox, choose, interpreter
 from gruppo.sandbox.calls import Calls, Ended
 from gruppo.sandbox.choose import find
 from gruppo.sandbox.interpreter import check_private
 from gruppo.sandbox.wasi import Wasi
 from gruppo.types import Completion, Problem, Score
-from support.wasi import missing
+from support.boxes import needs_wasi, opened, script
 
 SETTINGS = Sandbox(kind="wasi", cpu_s=1, wall_s=60.0, memory_mib=128)
-needs_wasi = pytest.mark.skipif(missing() != "", reason=missing())
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    made = Pool(Wasi, SETTINGS, 1)
-    yield made
-    made.close()
-
-
-def script(pool: Pool, source: str, stdin: bytes = b"") -> Outcome:
-    return pool.map(lambda fresh, text: fresh().script(text, stdin), [source])[0]
-
-
-@needs_wasi
-def test_a_script_gets_its_input_and_leaves_output_and_status(pool: Pool) -> None:
-    source = "import sys\nprint(input()[::-1])\nprint('e', file=sys.stderr)\nexit(3)"
-    outcome = script(pool, source, "abé\n".encode())
-    assert (outcome.ended, outcome.code) == ("exit", 3)
-    assert (outcome.stdout, outcome.stderr) == ("éba\n".encode(), b"e\n")
-    source = "import sys\nprint(len(sys.stdin.read()))"
-    assert script(pool, source, b"x" * 3_000_000).stdout == b"3000000\n"
-
-
-@needs_wasi
-def test_functions_are_called_and_what_they_print_is_no_reply(pool: Pool) -> None:
-    def task(fresh, _):
-        box = fresh()
-        loaded = box.load("def f(a, *, b):\n    print('{}')\n    return (a, b)\n")
-        return loaded, box.call(Call(name="f", args=(1,), kwargs={"b": {"$set": [2]}}))
-
-    assert pool.map(task, [0]) == [
-        (Returned(value=None), Returned(value={"$tuple": [1, {"$set": [2]}]}))
-    ]
+    with opened(Wasi, SETTINGS) as made:
+        yield made
 
 
 @needs_wasi

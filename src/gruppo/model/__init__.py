@@ -26,11 +26,11 @@ if TYPE_CHECKING:
         Products,
         can_choose,
         choosing,
-        faster_products,
         multiplying,
     )
     from gruppo.model.prompt import Encoder, end_ids
     from gruppo.model.source import Loaded, load
+    from gruppo.model.timed_products import faster_products
 
 _HOMES = {
     "CATALOG": "gruppo.model.packaged",
@@ -52,7 +52,7 @@ _HOMES = {
     "completion_logp": "gruppo.model.logprob",
     "compute_dtype": "gruppo.model.precision",
     "end_ids": "gruppo.model.prompt",
-    "faster_products": "gruppo.model.products",
+    "faster_products": "gruppo.model.timed_products",
     "is_adapted": "gruppo.model.adapter",
     "is_autocast": "gruppo.model.precision",
     "load": "gruppo.model.source",

@@ -3,12 +3,12 @@
 torch gives float32 products to its BLAS and bfloat16 ones to oneDNN. On some processors (those with
 AVX-512 that are not Intel's, above all) oneDNN is twice as fast in float32 too, or the own kernels
 (``native/product.cpp``) are faster than either; on others, those with matrix units above all, they
-are not. So it is measured. Results differ by rounding, hence a run records its choice and keeps it.
+are not. Which are is measured in ``timed_products.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
@@ -21,34 +21,11 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from gruppo import native
-from gruppo.measured import fastest, remembered
-from gruppo.model.gradient import add
 
 Products = Literal["torch", "onednn", "native"]
 
-# A transformer's projections in a micro-batch; 3.6 GFLOP a product.
-_ROWS, _INNER, _COLUMNS = 2048, 576, 1536
-_REPEATS = 3
-_FEW = 64  # rows of a decode step
-_ONEDNN_WORTHWHILE = 1.15
 _CURRENT: ContextVar[Products] = ContextVar("products", default="torch")
 _PRODUCTS = {torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul, torch.mm}
-
-
-def faster_products(device: torch.device | str, compute: torch.dtype) -> Products:
-    """The fastest products in ``compute`` on ``device``: "torch" unless measured else.
-
-    The products of drawing, of a forward and of a backward pass are timed, the best of several runs
-    counting; oneDNN, which is asked for float32 alone, must gain 15 %. Timed once per machine
-    (about a second) and kept, and only on a CPU.
-
-    >>> faster_products("cpu", torch.float64)
-    'torch'
-    """
-    kinds = ["torch", *(kind for kind in ("onednn", "native") if can_choose(kind, compute))]
-    if torch.device(device).type != "cpu" or len(kinds) == 1:
-        return "torch"
-    return _measured(compute, tuple(kinds))
 
 
 @cache
@@ -61,6 +38,18 @@ def can_choose(products: str, compute: torch.dtype) -> bool:
     try:
         _onednn(torch.ones(2, 3), torch.ones(2, 3))
     except (RuntimeError, AttributeError, NotImplementedError):  # an operator of another version
+        return False
+    return True
+
+
+@cache
+def has_blocks(compute: torch.dtype) -> bool:
+    """Whether this build of torch has oneDNN take matrices packed before, on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=compute), 1)
+    except (RuntimeError, AttributeError, NotImplementedError):  # it may name what bfloat16 needs
         return False
     return True
 
@@ -108,7 +97,7 @@ def multiply(
 ) -> Float[Tensor, "N O"]:
     """``left`` times ``right`` transposed, plus ``bias``, by what multiplies now."""
     products = _CURRENT.get() if _is_ours(left, right, bias) else "torch"
-    return _MULTIPLY[products](left, right, bias)
+    return MULTIPLY[products](left, right, bias)
 
 
 def current_products() -> Products:
@@ -173,7 +162,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, products: Products, rows: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        ctx.multiply = _MULTIPLY[products]
+        ctx.multiply = MULTIPLY[products]
         return ctx.multiply(rows, weight, bias)
 
     @staticmethod
@@ -208,81 +197,9 @@ def _torch(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     return nn.functional.linear(left, right, bias)
 
 
-_MULTIPLY: dict[Products, Callable[..., Tensor]] = {
+# Unchecked: whoever takes one sees to types and devices, as ``multiply`` does.
+MULTIPLY: dict[Products, Callable[..., Tensor]] = {
     "torch": _torch,
     "onednn": _onednn,
     "native": _native,
 }
-
-
-@cache
-def _measured(compute: torch.dtype, kinds: tuple[Products, ...]) -> Products:
-    found = remembered(
-        "products-of-a-step",
-        kinds,
-        lambda: _compared(compute, kinds),
-        depends_on=(
-            *(torch.__version__, str(torch.get_num_threads()), str(compute)),
-            *(*kinds, native.identity()),
-        ),
-    )
-    return next(kind for kind in kinds if kind == found)
-
-
-def _compared(compute: torch.dtype, kinds: Sequence[Products]) -> Products:
-    seconds = dict(
-        zip(kinds, fastest([_work(kind, compute) for kind in kinds], repeats=_REPEATS), strict=True)
-    )
-    costs: dict[Products, float] = {
-        "torch": seconds["torch"],
-        "onednn": seconds.get("onednn", float("inf")) * _ONEDNN_WORTHWHILE,
-        "native": seconds.get("native", float("inf")),
-    }
-    return min(kinds, key=lambda kind: costs[kind])
-
-
-def _work(kind: Products, compute: torch.dtype) -> Callable[[], object]:
-    """A matrix's part in a step, as training and the engine do it, from its float32 weight.
-
-    Every token is drawn once, a few rows at a time by a matrix that was packed before and has left
-    the caches since, and goes forward and backward once.
-    """
-    rows = torch.ones(_ROWS, _INNER, dtype=compute)
-    grad = torch.ones(_ROWS, _COLUMNS, dtype=compute)
-    weight, total = torch.ones(_COLUMNS, _INNER), torch.zeros(_COLUMNS, _INNER)
-    few, turns = rows[:_FEW], range(_ROWS // _FEW)
-    if kind == "native":
-        packed = [native.cut_columns([weight], compute) for _ in turns]
-
-        def own() -> None:
-            native.multiply(rows, native.cut_columns([weight], compute))
-            native.multiply(grad, native.cut_rows([weight], compute))
-            native.multiply(grad.t(), native.cut_rows([rows], compute), total=total)
-            for panels in packed:
-                native.multiply(few, panels)
-
-        return own
-    cast, multiply = weight.to(compute), _MULTIPLY[kind]
-    pack = torch.ops.mkldnn._reorder_linear_weight if has_blocks(compute) else None
-    blocks = [cast.clone() if pack is None else pack(cast, _FEW) for _ in turns]
-
-    def theirs() -> None:
-        multiply(rows, cast)
-        multiply(grad, cast.t())
-        add(total, multiply(grad.t(), rows.t()))
-        for block in blocks:
-            multiply(few, block) if pack is None else _onednn(few, block)
-
-    return theirs
-
-
-@cache
-def has_blocks(compute: torch.dtype) -> bool:
-    """Whether this build of torch has oneDNN take matrices packed before, on this processor."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=compute), 1)
-    except (RuntimeError, AttributeError, NotImplementedError):  # it may name what bfloat16 needs
-        return False
-    return True

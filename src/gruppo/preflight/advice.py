@@ -1,7 +1,6 @@
 """What a preflight's numbers mean for the recipe: warnings, each with the setting to change.
 
-The limits are those of the health rules of a run (dead groups, truncation, unscored rows), asked
-before it instead of after twenty steps.
+The limits are ours; that of unscored rows is a run's own, which stops it. Nothing is changed here.
 """
 
 from __future__ import annotations

@@ -33,9 +33,16 @@ from gruppo.types import Completion, Problem
 
 _MAX_SOURCE: Final = 100_000  # characters; a program that is longer is no answer to a problem
 _AHEAD: Final = 16  # programs that are compiled before they are run: they lie in memory
-# The language's name before attributes, versions and files: {.python .id}, python3.11, python:a.py.
-# A hyphen is of the name: what follows makes another language of it (python-repl, c-sharp).
-_NAME: Final = re.compile(r"\{?\s*\.?([\w+#-]+)")
+# The language's name and version before attributes and files: {.python .id}, python:a.py. Behind a
+# brace it may stand after others, of which a language is none: {#id .python}, {at="5" .python}.
+# Nothing is tried twice: a line is as long as a model likes.
+_NAME: Final = re.compile(
+    r"""(?:\{\s*+(?:(?:\#[^\s}]++|[\w:-]++=(?:"[^"]*+"|'[^']*+'|[^\s"'}]*+))\s++)*+)?"""
+    r"\.?([\w+#-]++(?:\.\d[\w+#-]*+)*+)"
+)
+# Of a version the first number counts: python3.11, python-3.11, python3.9+, c++-17. A hyphen before
+# anything else is of the name: it makes another language of it (python-repl, c-sharp).
+_DATED: Final = re.compile(r"([^\d.]*[^\d.-])-?(\d++)(?:\.\d[a-z\d]*+)*+\+?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,8 +221,8 @@ def last_block(text: str, marks: Set[str]) -> str | None:
 
     Where none has, of the last without a mark; None where there is no such either. What a program
     prints is often shown behind it, so that a block without a mark does not come before a marked
-    one. The mark is the first name after the fence: of ``{.python .cell}`` and ``python:a.py`` it
-    is "python", of ``python3.11`` it is "python3".
+    one. The mark is the first name after the fence: of ``{#id .python .cell}`` and ``python:a.py``
+    it is "python", of ``python3.11`` and ``python-3.11`` it is "python3".
 
     >>> text = "```py\nx = 1\n```\nprints\n```\n1\n```\nas in\n```text\n1\n```"
     >>> last_block(text, {"py"}), last_block(text, {"cpp"}), last_block("```\nopen", {"py"})
@@ -238,7 +245,10 @@ def last_block(text: str, marks: Set[str]) -> str | None:
 def _mark(text: str) -> str:
     """The language's name behind a fence; what holds none is a mark still (``{=html}``)."""
     found = _NAME.match(text)
-    return text if found is None else found[1]
+    if found is None:
+        return text
+    dated = _DATED.fullmatch(found[1])
+    return found[1] if dated is None else dated[1] + dated[2]
 
 
 def _identity(trial: Trial) -> tuple[int, str]:

@@ -40,11 +40,11 @@ class Service:
     ``url`` begins with http:// or https://. ``key_env`` names the environment variable that holds
     its key, which is sent as ``Authorization: Bearer ...``; the key itself is nowhere recorded.
     An answer is waited for ``timeout_s`` seconds, all requests of one call ``deadline_s``. What
-    fails for a moment (no connection, no answer, status 408, 425, 429 or 5xx) is tried again up to
-    ``retries`` times, after ``backoff_s`` seconds (twice as many each time, at most a minute) or
-    when the service says so (Retry-After). ``concurrency`` requests are under way at once, at most
-    ``per_minute`` are begun in a minute (None: no limit), and no more than ``max_reply_kib`` of an
-    answer are read.
+    fails for a moment (no connection, no answer, status 408, 425, 429, 500, 502 to 504) is tried
+    again up to ``retries`` times, after ``backoff_s`` seconds (twice as many each time, at most a
+    minute) or when the service says so (Retry-After). ``concurrency`` requests are under way at
+    once, at most ``per_minute`` are begun in a minute (None: no limit), and no more than
+    ``max_reply_kib`` of an answer are read.
 
     Raises:
         ValueError: no usable URL, or a limit that is not positive.
