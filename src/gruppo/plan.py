@@ -34,11 +34,21 @@ _OPENED = 13 * _GIB // 20
 _DRAW_COMPILED, _DRAW = 2, 4
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass of training, and whether its optimizer step has no other."""
+
+    shape: Shape
+    alone: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """Bytes by part, and at each phase's worst moment.
 
     ``process`` is Python with its libraries (on a CUDA device 0: the plan is the device's).
+    ``held`` are the gradients that are there when activations are most: all of them, or, where one
+    forward pass is all that an optimizer step needs, the head's, which comes first.
     ``kept`` is what the engine holds between its calls: keys, values and 16-bit weights, on CUDA.
     ``judges`` are the weights of reward models on the policy's device, ``judging`` the largest of
     their batches.
@@ -47,6 +57,7 @@ class MemoryPlan:
     process: int
     weights: int
     gradients: int
+    held: int
     moments: int
     reference: int
     activations: int
@@ -67,7 +78,7 @@ class MemoryPlan:
     @property
     def training(self) -> int:
         """At the end of a forward pass: activations, and the head's logits with their gradient."""
-        return self._lasting + self.kept + self.gradients + self.activations + self.head
+        return self._lasting + self.kept + self.held + self.activations + self.head
 
     @property
     def updating(self) -> int:
@@ -120,14 +131,14 @@ def told(recipe: Recipe) -> str:
 
 
 def memory(
-    recipe: Recipe, *, prompt_tokens: int | None = None, largest: Shape | None = None
+    recipe: Recipe, *, prompt_tokens: int | None = None, largest: Pass | None = None
 ) -> MemoryPlan:
     """Plan the memory of a run of ``recipe``.
 
     Args:
         recipe: a checked recipe.
         prompt_tokens: length of every prompt; None takes ``data.max_prompt_tokens``.
-        largest: micro-batch, if it is known; None takes one as full as the recipe lets it be.
+        largest: forward pass, if it is known; None takes one as full as the recipe lets it be.
 
     Raises:
         ValueError, OSError: the model's configuration cannot be had.
@@ -140,7 +151,7 @@ def memory(
     products: Products = asked if asked != "auto" and can_choose(asked, compute) else "torch"
     found = footprint(
         model.name,
-        largest,
+        largest.shape,
         revision=model.revision,
         lora=model.lora,
         compute=compute,
@@ -158,10 +169,11 @@ def memory(
         process=max(_resident(), _OPENED) if model.device == "cpu" else 0,
         weights=found.weights,
         gradients=found.trainable,
+        held=_held(found, largest),
         moments=2 * found.trainable,
         reference=found.weights if copied else 0,
         activations=found.saved + found.copies,
-        head=_head(found, largest.positions, products, cpu=model.device == "cpu"),
+        head=_head(found, largest.shape.positions, products, cpu=model.device == "cpu"),
         cache=cache,
         packed=packed,
         kept=_kept(model.device, cache + packed),
@@ -170,6 +182,13 @@ def memory(
         judges=judges,
         judging=judging,
     )
+
+
+def _held(found: Footprint, largest: Pass) -> int:
+    """Gradients at the end of a pass; what wraps a model for several ranks has them all along."""
+    if largest.alone and dist.world_size() == 1:
+        return found.head if found.trainable >= found.head else 0
+    return found.trainable
 
 
 def _judges(recipe: Recipe, device: str) -> tuple[int, int]:
@@ -203,10 +222,10 @@ def _copies(device: str) -> int:
     return _DRAW_COMPILED if device == "cpu" and kernels() is not None else _DRAW
 
 
-def _full(recipe: Recipe, prompt: int) -> Shape:
+def _full(recipe: Recipe, prompt: int) -> Pass:
     """The largest micro-batch: completions that all have ``max_tokens``, in as many groups."""
     rollout, budget = recipe.rollout, recipe.train.tokens_per_microbatch
-    most = rollout.prompts_per_step * rollout.group_size
+    most = -(-rollout.prompts_per_step // recipe.train.minibatches) * rollout.group_size
     rows, used = 0, 0
     while rows < most:
         used += rollout.max_tokens + (prompt if rows % rollout.group_size == 0 else 0)
@@ -215,9 +234,9 @@ def _full(recipe: Recipe, prompt: int) -> Shape:
         rows += 1
     whole, rest = divmod(rows, rollout.group_size)
     groups = [rollout.group_size] * whole + [rest] * (rest > 0)
-    return Shape(
-        prompts=[prompt] * len(groups), completions=[[rollout.max_tokens] * size for size in groups]
-    )
+    completions = [[rollout.max_tokens] * size for size in groups]
+    shape = Shape(prompts=[prompt] * len(groups), completions=completions)
+    return Pass(shape, alone=rows == most)
 
 
 def _rows(recipe: Recipe) -> int:

@@ -54,12 +54,11 @@ def drawn(length, heads, repeats, width, dtype) -> tuple[Tensor, ...]:
 
 def both_ways(query, key, value, grad, parts) -> tuple[Tensor, ...]:
     out = torch.full_like(grad, torch.nan)
-    lse = native.attend_parts(query, key, value, parts, scale=SCALE, out=out)
+    pattern = native.Pattern(parts, SCALE)
+    lse = native.attend_parts(query, key, value, pattern, out=out)
     return (
         *(out, lse),
-        *native.attend_parts_backward(
-            query, key, value, parts, scale=SCALE, out=out, lse=lse, grad=grad
-        ),
+        *native.attend_parts_backward(query, key, value, pattern, out=out, lse=lse, grad=grad),
     )
 
 
@@ -93,7 +92,7 @@ def test_large_scores_neither_overflow_nor_vanish(dtype, bound):
     value = torch.arange(8.0).view(1, 4, 2).to(dtype)
     parts = ((0, 2, 0, 2, True), (2, 4, 2, 4, True), (2, 4, 0, 2, False))
     out = torch.empty(4, 1, 2, dtype=dtype)
-    lse = native.attend_parts(query, key, value, parts, scale=1.0, out=out)
+    lse = native.attend_parts(query, key, value, native.Pattern(parts, 1.0), out=out)
     assert torch.allclose(lse[0, :, 0], torch.tensor([2048.0, 2048, 2048, 2048 + 0.693147]))
     wanted = torch.tensor([[0.0, 1], [0, 1], [0, 1], [3, 4]])  # the last: of keys 0 and 3
     assert torch.allclose(out[:, 0].float(), wanted, atol=bound)
@@ -122,7 +121,8 @@ def test_positions_without_a_part_see_nothing(dtype, _):
 
 
 @pytest.mark.parametrize(
-    ("heads", "length", "repeats", "width"), [(0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 0, 4), (2, 5, 3, 0)]
+    ("heads", "length", "repeats", "width"),
+    [(0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 0, 4), (2, 5, 3, 0)],
 )
 @pytest.mark.parametrize(("dtype", "_"), KINDS)
 def test_nothing_to_attend(heads, length, repeats, width, dtype, _):

@@ -138,7 +138,7 @@ def test_the_largest_micro_batch_fits_the_budget(tiny_folder):
     """Prompts of 10, completions of 20: 90 a group of four; two groups are 180, a row more 210."""
 
     def groups(*changes):
-        full = plan._full(recipe(tiny_folder, *changes), 10)
+        full = plan._full(recipe(tiny_folder, *changes), 10).shape
         assert {*full.prompts} == {10}
         assert {length for group in full.completions for length in group} == {20}
         return [len(group) for group in full.completions]
@@ -147,12 +147,33 @@ def test_the_largest_micro_batch_fits_the_budget(tiny_folder):
     assert groups("train.tokens_per_microbatch=120") == [4, 1]
     assert groups("train.tokens_per_microbatch=1") == [1]
     assert groups("train.tokens_per_microbatch=9999") == [4, 4, 4]
+    assert groups("train.tokens_per_microbatch=9999", "train.minibatches=2") == [4, 4]
+
+
+def test_an_only_pass_is_at_its_end_before_its_gradients_are(tiny_folder, monkeypatch):
+    """But the head's; all of them are there beside a second pass, or a second rank."""
+    many, one = (
+        plan.memory(recipe(tiny_folder, f"train.tokens_per_microbatch={budget}"), prompt_tokens=10)
+        for budget in (269, 270)
+    )
+    assert (many.held, one.held) == (many.gradients, 258 * 32 * 4)
+    assert (
+        one.training - one.held
+        == one.peak - one.held
+        == one.process + (one.weights + one.moments + one.activations + one.head)
+    )
+    monkeypatch.setattr(plan.dist, "world_size", lambda: 2)
+    assert plan.memory(recipe(tiny_folder), prompt_tokens=10).held == many.gradients
+    low = recipe(tiny_folder, "model.lora={rank = 2}", "train.tokens_per_microbatch=270")
+    monkeypatch.setattr(plan.dist, "world_size", lambda: 1)
+    assert plan.memory(low, prompt_tokens=10).held == 0
 
 
 def test_a_micro_batch_that_is_known_is_counted(tiny_folder):
     """Of two groups, three completions; a step of the full size needs more, of nothing else."""
     small = Shape(prompts=[10, 4], completions=[[7, 2], [5]])
-    known = plan.memory(recipe(tiny_folder), prompt_tokens=10, largest=small)
+    largest = plan.Pass(small, alone=False)
+    known = plan.memory(recipe(tiny_folder), prompt_tokens=10, largest=largest)
     full = plan.memory(recipe(tiny_folder), prompt_tokens=10)
     assert known.head == 14 * 258 * 4 + 258 * 32 * 4
     counted = footprint(str(tiny_folder), small)

@@ -268,7 +268,7 @@ class _Layer(torch.autograd.Function):
             given = out.backward(grad, parameters, row)
             found.add(out, grad, mixed)
             attention = heads.attention(row, plan)
-            sums = attention.backward(heads.rows(given), heads.rows(mixed), lse)
+            sums = attention.backward(heads.rows(given), out=heads.rows(mixed), lse=lse)
             packed = native.join_heads(
                 sums.query, sums.key, sums.value, row.cosine, row.sine, dtype=row.dtype
             )
@@ -300,7 +300,8 @@ class _Heads:
 
     def attention(self, row: _Row, plan: _Plan) -> Segments:
         """Over the row's parts."""
-        return Segments(self.query, self.key, self.value, plan.scaling, row.parts)
+        pattern = native.Pattern(row.parts, plan.scaling)
+        return Segments(self.query, self.key, self.value, pattern)
 
     def rows(self, flat: Float[Tensor, "N O"]) -> Float[Tensor, "N H D"]:
         """What lies in ``flat`` head by head."""

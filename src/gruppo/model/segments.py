@@ -27,28 +27,18 @@ class Segments:
     query: Float[Tensor, "K N R D"]
     key: Float[Tensor, "K N D"]
     value: Float[Tensor, "K N D"]
-    scaling: float
-    parts: tuple[native.PartNumbers, ...]
+    pattern: native.Pattern
 
     def attend(self, out: Float[Tensor, "N H D"]) -> Float[Tensor, "K N R"]:
         """Write the attention of all queries to ``out``; returns log-sum-exps."""
-        return native.attend_parts(
-            self.query, self.key, self.value, self.parts, scale=self.scaling, out=out
-        )
+        return native.attend_parts(self.query, self.key, self.value, self.pattern, out=out)
 
     def backward(
-        self, grad: Float[Tensor, "N H D"], out: Float[Tensor, "N H D"], lse: Tensor
+        self, grad: Float[Tensor, "N H D"], *, out: Float[Tensor, "N H D"], lse: Tensor
     ) -> Gradients:
         """Gradients from ``grad``, that of the output ``out``."""
         found = native.attend_parts_backward(
-            self.query,
-            self.key,
-            self.value,
-            self.parts,
-            scale=self.scaling,
-            out=out,
-            lse=lse,
-            grad=grad,
+            self.query, self.key, self.value, self.pattern, out=out, lse=lse, grad=grad
         )
         return Gradients(*found)
 
@@ -117,9 +107,10 @@ class _Merged(torch.autograd.Function):
         way = _way(query, key, value, ctx.parts, ctx.scaling)
         with torch.autocast("cpu", enabled=False):  # whoever calls backward within it
             if isinstance(way, Segments):
-                sums = way.backward(given[0].contiguous(), out[0], lse)
+                sums = way.backward(given[0].contiguous(), out=out[0], lse=lse)
             else:
-                sums = way.backward(*(_by_key_head(x[0], key) for x in (given, out)), lse)
+                merged = _by_key_head(out[0], key)
+                sums = way.backward(_by_key_head(given[0], key), merged, lse)
         _, heads, length, width = query.shape
         rows = query.new_empty(length, heads, width)
         _by_key_head(rows, key).copy_(sums.query)
@@ -140,5 +131,5 @@ def _way(
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not native.can_attend_parts(query):
         return Rectangles(rows, key[0], value[0], factor, parts)
-    whole = (x.contiguous() for x in (rows, key[0], value[0]))
-    return Segments(*whole, factor, numbers(parts))
+    pattern = native.Pattern(numbers(parts), factor)
+    return Segments(rows.contiguous(), key[0].contiguous(), value[0].contiguous(), pattern)

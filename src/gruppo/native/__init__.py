@@ -10,6 +10,7 @@ from gruppo.native.product import Panels, can_multiply, cut_columns, cut_rows, m
 from gruppo.native.sampling import can_sample, sample
 from gruppo.native.segments import (
     PartNumbers,
+    Pattern,
     attend_parts,
     attend_parts_backward,
     can_attend_parts,
@@ -28,6 +29,7 @@ from gruppo.native.training import (
 __all__ = [
     "Panels",
     "PartNumbers",
+    "Pattern",
     "add_",
     "add_norm",
     "attend_parts",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,17 @@ from gruppo.native.compiled import TYPES, kernel, kernels
 
 PartNumbers = tuple[int, int, int, int, bool]
 """First query, end of queries, first key, end of keys, and whether a query sees no later key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Which queries see which keys, none a key twice; ``scale`` multiplies scores.
+
+    Every query is in a causal part, whose keys end where its queries do.
+    """
+
+    parts: Sequence[PartNumbers]
+    scale: float
 
 
 def can_attend_parts(query: Tensor) -> bool:
@@ -33,26 +45,24 @@ def attend_parts(
     query: Float[Tensor, "K N R D"],
     key: Float[Tensor, "K N D"],
     value: Float[Tensor, "K N D"],
-    parts: Sequence[PartNumbers],
+    pattern: Pattern,
     *,
-    scale: float,
     out: Float[Tensor, "N H D"],
 ) -> Float[Tensor, "K N R"]:
     """Write the attention of all queries to ``out``; returns log-sum-exps in float32.
 
     Args:
-        query: every one is in a causal part, whose keys end where its queries do.
-        key: of the same positions.
+        query: of all positions.
+        key: of the same.
         value: what the weights multiply.
-        parts: which queries see which keys; no query sees a key twice.
-        scale: multiplies scores.
+        pattern: what sees what; a query that sees no key gets 0, and a log-sum-exp of -inf.
         out: H = K R heads.
 
     Raises:
         MemoryError: there is not enough for copies of keys and values.
     """
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    _call("segments_forward", scale, parts, (query, key, value, out), (lse,))
+    _call("segments_forward", pattern, (query, key, value, out), (lse,))
     return lse
 
 
@@ -60,9 +70,8 @@ def attend_parts_backward(
     query: Float[Tensor, "K N R D"],
     key: Float[Tensor, "K N D"],
     value: Float[Tensor, "K N D"],
-    parts: Sequence[PartNumbers],
+    pattern: Pattern,
     *,
-    scale: float,
     out: Float[Tensor, "N H D"],
     lse: Float[Tensor, "K N R"],
     grad: Float[Tensor, "N H D"],
@@ -72,14 +81,13 @@ def attend_parts_backward(
     The other arguments are those of :func:`attend_parts`, and what it made.
     """
     found = tuple(torch.empty_like(x, dtype=torch.float32) for x in (query, key, value))
-    _call("segments_backward", scale, parts, (query, key, value, out), (lse, grad, *found))
+    _call("segments_backward", pattern, (query, key, value, out), (lse, grad, *found))
     return found[0], found[1], found[2]
 
 
 def _call(
     name: str,
-    scale: float,
-    parts: Sequence[PartNumbers],
+    pattern: Pattern,
     given: tuple[Tensor, ...],
     others: tuple[Tensor, ...],
 ) -> None:
@@ -90,15 +98,15 @@ def _call(
     assert all(x.is_contiguous() for x in (*given, *others)), "buffers are whole"
     narrow = (*given, *(x for x in others if x.shape == out.shape and x.dtype == out.dtype))
     assert all(x.dtype == query.dtype for x in narrow), "one type of numbers"
-    for first, end, first_key, end_key, causal in parts:
+    for first, end, first_key, end_key, causal in pattern.parts:
         assert 0 <= first <= end <= length, "queries of the row"
         assert 0 <= first_key <= end_key <= length, "keys of the row"
         assert not causal or (end == end_key and first_key <= first), "each query sees its own key"
-    numbers = [int(number) for part in parts for number in part]
+    numbers = [int(number) for part in pattern.parts for number in part]
     table = (ctypes.c_int64 * len(numbers))(*numbers)
-    sizes = (heads, length, repeats, width, len(parts))
+    sizes = (heads, length, repeats, width, len(pattern.parts))
     pointers = [x.data_ptr() for x in (*given, *others)]
     kinds = "iiiiif" + "p" * (1 + len(pointers))
     run = kernel(f"{name}_{TYPES[query.dtype]}", kinds, ctypes.c_int64)
-    if run(*sizes, scale, ctypes.addressof(table), *pointers):
+    if run(*sizes, pattern.scale, ctypes.addressof(table), *pointers):
         raise MemoryError(f"attention over {length} positions: not enough memory for its copies")

@@ -1,6 +1,7 @@
 """What a decoder layer does between its products in a training pass, and its gradients.
 
-The residual stream is float32, products are in float32 or bfloat16 (``can_attend_parts`` tells of both).
+The residual stream is float32, products are in float32 or bfloat16 (``can_attend_parts`` tells of
+both).
 Tensors are contiguous and on the CPU. Heads are ordered by key head: ``[K, N, R, D]`` with ``R``
 query heads to each of ``K`` key heads. Each has its equal in plain torch in the parity tests.
 """

@@ -11,6 +11,7 @@ import numpy as np
 
 from gruppo.memory import Extent, portions
 from gruppo.model.footprint import Shape
+from gruppo.plan import Pass
 from gruppo.types import Group
 
 _DRAWS: Final = 400  # optimizer steps that are put together from the groups that were drawn
@@ -25,8 +26,7 @@ def largest_micro_batch(
     packed: bool,
     skips: bool,
     resamples: bool,
-    seed: int = 0,
-) -> Shape:
+) -> Pass:
     """What a run's largest micro-batch would be if its groups were like these.
 
     Optimizer steps are put together at random; one in as many as the run has is larger than this.
@@ -40,29 +40,32 @@ def largest_micro_batch(
         skips: whether groups without a signal are left out of training; a step of no others
             passes its shortest completion.
         resamples: whether others are drawn in their place.
-        seed: of the draws.
     """
     live = np.array([group.is_live("total") for group in groups])
-    draw, found = np.random.default_rng(seed), []
+    draw, found = np.random.default_rng(0), []
     pool = np.flatnonzero(live) if resamples and live.any() else np.arange(len(groups))
     for _ in range(_DRAWS):
         chosen = draw.choice(pool, size)
         used = chosen[live[chosen]] if skips else chosen
-        found.append(_largest([groups[at] for at in used], budget, packed) or _shortest(groups))
-    found.sort(key=lambda shape: sum(shape.prompts) + shape.positions)
+        shapes = _shapes([groups[at] for at in used], budget, packed) or [_shortest(groups)]
+        found.append(Pass(max(shapes, key=_tokens), alone=len(shapes) == 1))
+    # beside others there are more gradients, which is more than any tokens
+    found.sort(key=lambda each: (not each.alone, _tokens(each.shape)))
     return found[min(_DRAWS - 1, math.ceil(_DRAWS * steps / (steps + 1)))]
 
 
-def _largest(groups: Sequence[Group], budget: int, packed: bool) -> Shape | None:
+def _shapes(groups: Sequence[Group], budget: int, packed: bool) -> list[Shape]:
     rows = [
         Extent(group=at, prompt=len(group.prompt_tokens), completion=len(completion.tokens))
         for at, group in enumerate(groups)
         for completion in group.completions
     ]
-    shapes = [
-        _shape([rows[at] for at in part], packed) for part in portions(rows, budget, packed=packed)
-    ]
-    return max(shapes, key=lambda shape: sum(shape.prompts) + shape.positions, default=None)
+    parts = portions(rows, budget, packed=packed)
+    return [_shape([rows[at] for at in part], packed) for part in parts]
+
+
+def _tokens(shape: Shape) -> int:
+    return sum(shape.prompts) + shape.positions
 
 
 def _shape(rows: Sequence[Extent], packed: bool) -> Shape:

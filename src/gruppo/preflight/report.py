@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Final
 
-from gruppo.model.footprint import Shape
-from gruppo.plan import MemoryPlan, memory
+from gruppo.plan import MemoryPlan, Pass, memory
 from gruppo.preflight.advice import Advice, Facts, advise
 from gruppo.preflight.machine import available_bytes
 from gruppo.preflight.microbatch import largest_micro_batch
@@ -47,8 +46,10 @@ class Size:
 class Report:
     """What a preflight found. Shares are in [0, 1], times in seconds, sizes in bytes or tokens.
 
-    ``memory`` is of a run whose groups are like those that were drawn, ``memory_full`` of one in
-    which every group teaches and no completion ends early.
+    ``truncation`` and the dead shares of ``sizes`` are what the recipe's run would measure, did its
+    model not learn; ``pass_rate`` and ``no_signal`` are means over all problems. ``memory`` is of a
+    run whose groups are like those that were drawn, ``memory_full`` of one in which every group
+    teaches and no completion ends early.
     """
 
     groups: int
@@ -104,7 +105,9 @@ def preflight(
         plans = [_plan(parts.recipe, longest, shape) for shape in shapes]
         unknown = plans[0][1]
         planned, full = (
-            plan and process and replace(plan, process=process.process)  # before the model was there
+            plan
+            and process
+            and replace(plan, process=process.process)  # before the model was there
             for plan, _ in plans
         )
         found = _report(parts, sampled, timing, planned)
@@ -120,7 +123,7 @@ def preflight(
 
 
 def _plan(
-    recipe: Recipe, prompt_tokens: int | None = None, largest: Shape | None = None
+    recipe: Recipe, prompt_tokens: int | None = None, largest: Pass | None = None
 ) -> tuple[MemoryPlan | None, str]:
     """The memory plan, or why there is none (a model whose code needs real tensors, say)."""
     try:
@@ -129,7 +132,7 @@ def _plan(
         return None, str(error)[:200]
 
 
-def _largest(parts: Parts, sampled: Sampled) -> Shape:
+def _largest(parts: Parts, sampled: Sampled) -> Pass:
     """The largest micro-batch of a run whose groups are like those that were drawn."""
     rollout, train = parts.recipe.rollout, parts.recipe.train
     return largest_micro_batch(
@@ -161,7 +164,7 @@ def _report(parts: Parts, sampled: Sampled, timing: Timing, planned: MemoryPlan 
         no_signal=mean_interval([float(not group.is_live("total")) for group in groups]),
         sizes=sizes,
         worth=worth(sizes),
-        truncation=mean_interval(cut),
+        truncation=mean_interval(cut, future=_groups_of_run(recipe)),
         length=spread(lengths),
         prompt=spread(prompts),
         unscored=statistics.fmean(score.total is None for score in scores),
@@ -176,6 +179,10 @@ def _report(parts: Parts, sampled: Sampled, timing: Timing, planned: MemoryPlan 
         knobs=tuple(knobs(recipe)),
         took_seconds=0.0,
     )
+
+
+def _groups_of_run(recipe: Recipe) -> int:
+    return recipe.train.steps * recipe.rollout.prompts_per_step
 
 
 def histogram(rates: Sequence[float]) -> dict[str, Interval]:
@@ -219,7 +226,7 @@ def _sizes(parts: Parts, groups: Sequence[Group], timing: Timing) -> tuple[Size,
     length = statistics.fmean(len(c.tokens) for g in groups for c in g.completions)
     sizes = []
     for size in sorted({*_SIZES, own} - {1}):
-        dead = dead_share(rows, size)
+        dead = dead_share(rows, size, future=_groups_of_run(parts.recipe))
         if dead is None:
             continue
         cost = group_seconds(

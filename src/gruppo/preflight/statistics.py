@@ -60,8 +60,17 @@ class Dead:
     method: Literal["counted", "modelled"]
 
 
-def mean_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
+def mean_interval(
+    values: Sequence[float], *, future: int | None = None, binary: bool = False, seed: int = 0
+) -> Interval:
     """Mean of values in [0, 1], one a problem, with its interval.
+
+    Args:
+        values: of the problems that were tried.
+        future: None asks for the mean over all problems there could be; a number for what the mean
+            over so many more of them will turn out to be.
+        binary: those are 0 or 1, and ``values`` are their chances to be 1.
+        seed: of the draws.
 
     Raises:
         ValueError: no values, or some outside of [0, 1].
@@ -70,7 +79,12 @@ def mean_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
         raise ValueError("mean_interval needs values between 0 and 1, at least one")
     draw = np.random.default_rng(seed)
     weights = draw.dirichlet([1.0] * len(values) + [0.5, 0.5], size=_DRAWS)
-    means = weights @ np.array([*values, 0.0, 1.0])
+    all_values = np.array([*values, 0.0, 1.0])
+    means = weights @ all_values
+    if future is not None:
+        squares = means if binary else weights @ all_values**2
+        spread = np.sqrt(np.maximum(squares - means**2, 0.0) / future)
+        means = np.clip(means + spread * draw.standard_normal(_DRAWS), 0.0, 1.0)
     low, high = np.quantile(means, [_TAIL, 1 - _TAIL])
     value = fmean(values)
     return Interval(min(float(low), value), value, max(float(high), value))
@@ -101,20 +115,24 @@ def agreement(values: Sequence[float], group: int) -> float:
     return sum(math.comb(count, group) for count in counts) / math.comb(len(values), group)
 
 
-def dead_share(rows: Sequence[Sequence[float]], group: int) -> Dead | None:
+def dead_share(
+    rows: Sequence[Sequence[float]], group: int, *, future: int | None = None
+) -> Dead | None:
     """Share of dead groups of ``group`` completions, from the task rewards of some groups.
 
     Args:
         rows: task rewards of the scored completions of each problem.
         group: completions a group would have.
+        future: as in :func:`mean_interval`, where the share is counted.
 
     Returns:
         None where that is more than were drawn, and the rewards are not just two values.
     """
     enough = [values for values in rows if len(values) >= group]
     if enough and 2 * len(enough) >= len(rows):
-        shares = [agreement(values, group) for values in enough]
-        return Dead(group=group, share=mean_interval(shares), method="counted")
+        chances = [agreement(values, group) for values in enough]
+        share = mean_interval(chances, future=future, binary=True)
+        return Dead(group=group, share=share, method="counted")
     kinds = {round(value, _DIGITS) for values in rows for value in values}
     if len(kinds) > 2 or not kinds:
         return None
