@@ -150,9 +150,9 @@ def test_draws_the_same_whatever_multiplies(name: str, monkeypatch: pytest.Monke
     model = build(name, **LIKE_LLAMA[name])
     adopt(model)
     made: list[int] = []
-    multiply = native.multiply
+    step = native.DecodeLayers.step
     monkeypatch.setattr(
-        native, "multiply", lambda *given, **more: made.append(1) or multiply(*given, **more)
+        native.DecodeLayers, "step", lambda *given, **more: made.append(1) or step(*given, **more)
     )
     found = {}
     for products in ("torch", "native"):
@@ -161,6 +161,37 @@ def test_draws_the_same_whatever_multiplies(name: str, monkeypatch: pytest.Monke
         found[products] = [one for group in groups for one in group]
         assert bool(made) == (products == "native")
     assert_same(found["native"], found["torch"])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(LIKE_LLAMA))
+def test_all_layers_in_one_call_are_the_same_bits(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a call for each operation: with biases, head norms and a window; rows end and enter."""
+    if not native.can_multiply(dtype):
+        pytest.skip("no products in bfloat16 on this processor")
+    model = build(name, **LIKE_LLAMA[name])
+    adopt(model)
+    found: list[list[Completion]] = []
+    calls: list[int] = []
+    step = native.DecodeLayers.step
+    monkeypatch.setattr(
+        native.DecodeLayers, "step", lambda *given, **more: calls.append(1) or step(*given, **more)
+    )
+    for together in (True, False):
+        if not together:
+            monkeypatch.setattr(native, "can_decode", lambda layers, dtype: False)
+        engine = LocalEngine(
+            model, letters, pad_token=0, products="native", max_rows=3, compute_dtype=dtype
+        )
+        groups = engine.generate(unequal_groups(), Sampling(max_tokens=WORTHWHILE))
+        found.append([one for group in groups for one in group])
+        assert bool(calls) == together
+        calls.clear()
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours.tokens, ours.logp) == (theirs.tokens, theirs.logp)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -5,8 +5,16 @@ Each has an equal in plain torch, which is used where no compiler is found.
 
 from gruppo.native.attention import can_attend, decode_attention
 from gruppo.native.compiled import identity, kernels
+from gruppo.native.decode import DecodeLayer, DecodeLayers, Kept, can_decode
 from gruppo.native.layer import add_norm, rotate_and_keep, swiglu
-from gruppo.native.product import Panels, can_multiply, cut_columns, cut_rows, multiply
+from gruppo.native.product import (
+    PanelProduct,
+    Panels,
+    can_multiply,
+    cut_columns,
+    cut_rows,
+    multiply,
+)
 from gruppo.native.sampling import can_sample, sample
 from gruppo.native.segments import (
     PartNumbers,
@@ -27,6 +35,10 @@ from gruppo.native.training import (
 )
 
 __all__ = [
+    "DecodeLayer",
+    "DecodeLayers",
+    "Kept",
+    "PanelProduct",
     "Panels",
     "PartNumbers",
     "Pattern",
@@ -37,6 +49,7 @@ __all__ = [
     "can_add",
     "can_attend",
     "can_attend_parts",
+    "can_decode",
     "can_multiply",
     "can_sample",
     "can_softmax",

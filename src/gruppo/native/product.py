@@ -28,6 +28,18 @@ class Panels:
     columns: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PanelProduct:
+    """Multiplies rows by a matrix, and adds a bias (in float32)."""
+
+    panels: Panels
+    bias: Float[Tensor, "O"] | None
+
+    def __call__(self, rows: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
+        """In the type of the rows, which is that of the panels."""
+        return multiply(rows, self.panels, bias=self.bias)
+
+
 @cache
 def can_multiply(dtype: torch.dtype) -> bool:
     """Whether there are kernels for products in ``dtype``: for bfloat16 with AVX512-BF16 alone."""

@@ -1,8 +1,9 @@
 """A decode step in few calls: packed products, and compiled kernels for all between them.
 
 Transformers' own forward takes some seventy small operations a layer, which on a CPU can cost as
-much as the products. This one takes nine. It follows the model's own rounding, knows no prompt
-(transformers' forward computes those) and no gradient, and serves only decoders of Llama's kind.
+much as the products. This one takes nine, or, where the own kernels multiply too, one call for all
+layers. It follows the model's own rounding, knows no prompt (transformers' forward computes those)
+and no gradient, and serves only decoders of Llama's kind.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gruppo import native
 from gruppo.engine.local.packed import Product, Products
 from gruppo.engine.local.store import Decode, Store
 from gruppo.model.decoder import Decoder, Norm
+from gruppo.native import PanelProduct
 
 _Norm = tuple[Tensor, float]
 
@@ -60,6 +62,7 @@ class FusedStep:
         ]
         self._norm = _wide(decoder.norm)
         self._head = products(decoder.head)
+        self._together = _together(self._layers, self._norm, store)
 
     def __call__(
         self, tokens: Int[Tensor, "N"], positions: Int[Tensor, "N"], step: Decode
@@ -69,15 +72,29 @@ class FusedStep:
         cosine, sine = (
             part[:, 0].float().contiguous() for part in self._rotary(hidden, positions[:, None])
         )
-        update = None
-        for layer, kept in zip(self._layers, self._store.layers, strict=True):
+        for kept in self._store.layers:
             if step.columns > kept.own_keys.shape[2]:
                 kept.reserve(columns=step.columns)
+        if self._together is None:
+            return self._head(self._one_by_one(hidden, (cosine, sine), step))
+        normed = self._together.step(
+            hidden,
+            (cosine, sine),
+            [step.kept(layer) for layer in self._store.layers],
+            place=step.place,
+            prompt_length=step.prompt_length,
+            own_length=step.own_length,
+        )
+        return self._head(normed)
+
+    def _one_by_one(self, hidden: Tensor, turn: tuple[Tensor, Tensor], step: Decode) -> Tensor:
+        """Normed hidden states after all layers, by a call for each operation."""
+        update = None
+        for layer, kept in zip(self._layers, self._store.layers, strict=True):
             packed = layer.query_key_value(self._normed(hidden, update, layer.before_attention))
             query = native.rotate_and_keep(
                 packed,
-                cosine,
-                sine,
+                *turn,
                 norms=layer.head_norms,
                 own_length=step.own_length,
                 own_keys=kept.own_keys,
@@ -86,11 +103,41 @@ class FusedStep:
             update = layer.out(step.attend_natively(kept, query, kept.rule).flatten(1))
             gate_up = layer.gate_up(self._normed(hidden, update, layer.before_mlp))
             update = layer.down(native.swiglu(gate_up))
-        return self._head(self._normed(hidden, update, self._norm))
+        return self._normed(hidden, update, self._norm)
 
     def _normed(self, hidden: Tensor, update: Tensor | None, norm: _Norm) -> Tensor:
         weight, epsilon = norm
         return native.add_norm(hidden, update, weight, epsilon=epsilon, dtype=self._store.dtype)
+
+
+def _together(layers: list[_Layer], last: _Norm, store: Store) -> native.DecodeLayers | None:
+    """All layers in one call, if all products are the own kernels'."""
+    found = []
+    for layer in layers:
+        qkv, out, gate_up, down = layer.query_key_value, layer.out, layer.gate_up, layer.down
+        if not (
+            isinstance(qkv, PanelProduct)
+            and isinstance(out, PanelProduct)
+            and isinstance(gate_up, PanelProduct)
+            and isinstance(down, PanelProduct)
+        ):
+            return None
+        found.append(
+            native.DecodeLayer(
+                before_attention=layer.before_attention,
+                query_key_value=qkv,
+                head_norms=layer.head_norms,
+                out=out,
+                before_mlp=layer.before_mlp,
+                gate_up=gate_up,
+                down=down,
+            )
+        )
+    return (
+        native.DecodeLayers(found, last, store.dtype)
+        if native.can_decode(found, store.dtype)
+        else None
+    )
 
 
 def _wide(norm: Norm) -> _Norm:

@@ -130,8 +130,8 @@ def _pack(
 
 def _own(group: Group, dtype: torch.dtype) -> Product:
     weights, bias = [layer.weight.detach().contiguous() for layer in group], _bias(group, dtype)
-    panels = native.cut_columns(weights, dtype)
-    return lambda rows: native.multiply(rows, panels, bias=bias)
+    wide = None if bias is None else bias.float()
+    return native.PanelProduct(native.cut_columns(weights, dtype), wide)
 
 
 def _onednn(group: Group, dtype: torch.dtype, rows: int) -> Product:

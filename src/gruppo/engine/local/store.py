@@ -276,6 +276,19 @@ class Decode:
             window=rule.window,
         )
 
+    def kept(self, layer: LayerStore) -> native.Kept:
+        """A layer's keys and values for the kernels, which know a plain rule alone."""
+        rule, width = layer.rule, layer.own_keys.shape[3]
+        assert rule.is_plain, "the kernel knows no soft cap and no sinks"
+        return native.Kept(
+            prompt_keys=layer.prompt_keys,
+            prompt_values=layer.prompt_values,
+            own_keys=layer.own_keys,
+            own_values=layer.own_values,
+            scaling=width**-0.5 if rule.scaling is None else rule.scaling,
+            window=rule.window,
+        )
+
     def _plain(self, layer: LayerStore, query: Tensor, rule: AttentionRule) -> Tensor:
         count, heads = query.shape[:2]
         keys, values = layer.own_keys[:count, :, : self.columns], layer.own_values[:count]

@@ -1,0 +1,189 @@
+"""All layers of a decode step in one call of the compiled kernels (``decode.cpp``).
+
+Calling them one by one, as the parts of this package do, costs more time in Python than some of
+them take. Their arguments are laid out once for a call of ``generate``; only where keys and values
+lie is looked up at every step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gruppo.native.compiled import TYPES, kernel
+from gruppo.native.product import PanelProduct, can_multiply
+
+NormWeight = tuple[Float[Tensor, "E"], float]
+"""Weight, in float32, and epsilon of an RMS norm."""
+HeadNorm = tuple[Float[Tensor, "D"], float]
+"""The same of one that heads share."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class DecodeLayer:
+    """The weights of a layer, as the kernels take them, and how it attends."""
+
+    before_attention: NormWeight
+    query_key_value: PanelProduct
+    head_norms: tuple[HeadNorm | None, HeadNorm | None]
+    out: PanelProduct
+    before_mlp: NormWeight
+    gate_up: PanelProduct
+    down: PanelProduct
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Kept:
+    """Keys and values of a layer, and how queries attend to them (see ``decode_attention``)."""
+
+    prompt_keys: Float[Tensor, "P K W D"]
+    prompt_values: Float[Tensor, "P K W D"]
+    own_keys: Float[Tensor, "S K C D"]
+    own_values: Float[Tensor, "S K C D"]
+    scaling: float
+    window: int | None
+
+
+class _Fields(ctypes.Structure):
+    """One that is compared with nothing, and made by position."""
+
+
+class _Sizes(_Fields):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("rows", "width", "heads", "key_heads", "head_width", "inner")
+    ]
+
+
+class _Norm(_Fields):
+    _fields_ = [("weight", ctypes.c_void_p), ("epsilon", ctypes.c_double)]
+
+
+class _Product(_Fields):
+    _fields_ = [("panels", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+
+
+class _Layer(_Fields):
+    _fields_ = [
+        *((name, _Norm) for name in ("before_attention", "of_query", "of_key", "before_mlp")),
+        *((name, _Product) for name in ("query_key_value", "out", "gate_up", "down")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("prompt_keys", "prompt_values", "own_keys", "own_values")
+        ),
+        *((name, ctypes.c_int64) for name in ("prompt_columns", "own_columns", "window")),
+        ("scaling", ctypes.c_double),
+    ]
+
+
+class _Rows(_Fields):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("cosine", "sine", "place", "prompt_length", "own_length")
+    ]
+
+
+@final
+class DecodeLayers:
+    """The layers of a model; see ``can_decode``.
+
+    Args:
+        layers: their weights; not copied, so they must stay where they are.
+        last: the norm after them.
+        dtype: of products, and of keys and values.
+    """
+
+    def __init__(self, layers: Sequence[DecodeLayer], last: NormWeight, dtype: torch.dtype) -> None:
+        assert can_decode(layers, dtype), "only for what can_decode"
+        self._kept_alive = (layers, last)
+        self._dtype = dtype
+        self._layers = (_Layer * len(layers))(*map(_layer, layers))
+        self._last = _norm(last)
+        self._inner = layers[0].down.panels.inner
+
+    def step(
+        self,
+        hidden: Float[Tensor, "N E"],
+        turn: tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]],
+        kept: Sequence[Kept],
+        *,
+        place: Int[Tensor, "N"],
+        prompt_length: Int[Tensor, "N"],
+        own_length: Int[Tensor, "N"],
+    ) -> Float[Tensor, "N E"]:
+        """Normed hidden states after all layers; new keys and values are written to ``kept``.
+
+        Args:
+            hidden: the residual stream, in float32 or in the products' type; it is overwritten.
+            turn: cosine and sine of the rotary embedding, in float32.
+            kept: of each layer.
+            place: the row's prompt.
+            prompt_length: its length.
+            own_length: the row's own tokens, the present one not counted.
+
+        Raises:
+            MemoryError: there is not enough for what lies between the layers.
+        """
+        indices, out = (
+            (place, prompt_length, own_length),
+            torch.empty_like(hidden, dtype=self._dtype),
+        )
+        assert all(x.is_contiguous() for x in (hidden, *turn, *indices)), "buffers are whole"
+        assert all(x.dtype == torch.float32 for x in turn), "angles are float32"
+        assert all(x.dtype == torch.int64 for x in indices), "indices are int64"
+        if not len(hidden):
+            return out
+        for layer, there in zip(self._layers, kept, strict=True):
+            _point(layer, there)
+        key_heads, width = kept[0].own_keys.shape[1], turn[0].shape[1]
+        heads = self._kept_alive[0][0].out.panels.inner // width
+        sizes = _Sizes(*hidden.shape, heads, key_heads, width, self._inner)
+        rows = _Rows(*(x.data_ptr() for x in (*turn, *indices)))
+        run = kernel(
+            f"decode_step_{TYPES[hidden.dtype]}_{TYPES[self._dtype]}", "pippppp", ctypes.c_int64
+        )
+        addresses = (ctypes.addressof(x) for x in (sizes, self._layers, rows, self._last))
+        first, *others = addresses
+        if run(first, len(kept), *others, hidden.data_ptr(), out.data_ptr()):
+            raise MemoryError(f"a decode step of {len(hidden)} rows: not enough memory")
+        return out
+
+
+def can_decode(layers: Sequence[DecodeLayer], dtype: torch.dtype) -> bool:
+    """Whether ``DecodeLayers`` takes them: numbers are read in pairs, so widths are even."""
+    products = [p for x in layers for p in (x.query_key_value, x.out, x.gate_up, x.down)]
+    return can_multiply(dtype) and all(
+        p.panels.data.dtype == dtype and p.panels.inner % 2 == 0 for p in products
+    )
+
+
+def _point(layer: _Layer, kept: Kept) -> None:
+    """Where the layer's keys and values are now."""
+    buffers = (kept.prompt_keys, kept.prompt_values, kept.own_keys, kept.own_values)
+    assert all(x.is_contiguous() for x in buffers), "buffers are whole"
+    layer.prompt_keys, layer.prompt_values, layer.own_keys, layer.own_values = (
+        x.data_ptr() for x in buffers
+    )
+    layer.prompt_columns, layer.own_columns = kept.prompt_keys.shape[2], kept.own_keys.shape[2]
+    layer.window, layer.scaling = kept.window or 0, kept.scaling
+
+
+def _layer(layer: DecodeLayer) -> _Layer:
+    norms = (layer.before_attention, *layer.head_norms, layer.before_mlp)
+    products = (layer.query_key_value, layer.out, layer.gate_up, layer.down)
+    return _Layer(*map(_norm, norms), *map(_product, products))
+
+
+def _norm(norm: NormWeight | HeadNorm | None) -> _Norm:
+    return _Norm(None, 0.0) if norm is None else _Norm(norm[0].data_ptr(), norm[1])
+
+
+def _product(product: PanelProduct) -> _Product:
+    bias = product.bias
+    return _Product(product.panels.data.data_ptr(), None if bias is None else bias.data_ptr())
