@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from gruppo.reward import Function, Math, Part, Regex, RewardSet
-from gruppo.reward.process import Death
 from gruppo.types import Completion, Problem, Score
+from gruppo.worker.process import Death
 from support.scores import count_failures
 
 # What one completion's text makes the function do; every other text scores its length.

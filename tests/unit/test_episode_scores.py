@@ -202,7 +202,8 @@ def test_a_database_of_an_earlier_version_is_read_and_upgraded(tmp_path):
     groups = collect()
     with Database(path) as database:
         database.write_step(1, groups, advantages=None, metrics={})
-        database._link.execute("ALTER TABLE completions DROP COLUMN interaction")
+        for column in ("interaction", "counted"):
+            database._link.execute(f"ALTER TABLE completions DROP COLUMN {column}")
         database._link.execute("PRAGMA user_version = 1")
     with Database(path, read_only=True) as database:
         assert [row.interaction for row in database.iterate()] == [None] * 4

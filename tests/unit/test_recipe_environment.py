@@ -96,6 +96,7 @@ MISTAKES = [
     ({"environment.use": "calculater"}, r"environment\.use\.kind.*did you mean .calculator"),
     ({"environment.max_turns": "0"}, r"max_turns = 0: must be at least 1"),
     ({"environment.use": "{kind = 'calculator', calls = 'xml'}"}, r"calls.*must be one of"),
+    ({"environment.use": "{kind = 'verifiers', taskset = 'x', timeout_s = 26}"}, r"5 more than"),
     ({"environment.use": "no.such:Thing"}, r"cannot import 'no\.such'"),
     ({"data.chat": "false"}, r"data\.chat.*needs a chat template"),
     ({"environment.use": "none"}, r"reward\.parts.*set environment\.use"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gruppo.record import Database, Detail, Finding, Tokens, export_samples
+from gruppo.reward import Gate, Part, RewardSet
 from gruppo.types import Completion, Failure, Group, Message, Problem, Score
 
 HOSTILE = [
@@ -262,6 +263,7 @@ def test_export_takes_the_asked_steps_in_order(database: Database, tmp_path: Pat
         "reward": 1.0,
         "task": 1.0,
         "parts": {},
+        "counted": {},
         "advantage": 2.0,
         "finish": "stop",
         "interaction": None,
@@ -291,9 +293,9 @@ def test_files_that_cannot_be_used_are_os_errors_with_the_path(tmp_path: Path) -
     with Database(tmp_path / "new.sqlite"):
         pass
     link = sqlite3.connect(tmp_path / "new.sqlite")
-    link.execute("PRAGMA user_version = 3")
+    link.execute("PRAGMA user_version = 4")
     link.close()
-    with pytest.raises(OSError, match=r"newer gruppo \(format 3, this one reads 2\)"):
+    with pytest.raises(OSError, match=r"newer gruppo \(format 4, this one reads 3\)"):
         Database(tmp_path / "new.sqlite")
 
 
@@ -302,3 +304,54 @@ def test_a_step_that_is_there_already_is_our_bug_and_changes_nothing(database: D
     with pytest.raises(sqlite3.IntegrityError):
         database.write_step(1, [], advantages=None, metrics={"m": 2.0})
     assert database.metrics() == {"m": [(1, 1.0)]}
+
+
+def shaped() -> Group:
+    """Three completions of a part that is clipped to 1 and gated by another, and their scores."""
+    values = {"big": [7.0, 0.5, 7.0], "ok": [1.0, 1.0, 0.0]}
+    parts = (
+        Part(name="ok", reward=lambda problem, rows: values["ok"]),
+        Part(
+            name="big",
+            reward=lambda problem, rows: values["big"],
+            clip=(0.0, 1.0),
+            gate=Gate(part="ok", at=0.5),
+        ),
+    )
+    rows = tuple(completion(text) for text in "abc")
+    (scores,) = RewardSet(parts).score_groups([(group(*rows).problem, rows)])
+    return group(*rows, scores=scores)
+
+
+def test_raw_and_counted_values_of_a_clipped_and_gated_part(tmp_path: Path) -> None:
+    path = tmp_path / "run.sqlite"
+    with Database(path) as database:
+        database.write_step(1, [shaped()], advantages=None, metrics={})
+        stored = database.completions(1)
+        assert export_samples(database, tmp_path / "out.jsonl") == 3
+        nulls = database._link.execute("SELECT counted IS NULL FROM completions").fetchall()
+    assert [row.parts for row in stored] == [
+        {"ok": 1.0, "big": 7.0},
+        {"ok": 1.0, "big": 0.5},
+        {"ok": 0.0, "big": 7.0},
+    ]
+    assert [row.counted for row in stored] == [{"big": 1.0}, {}, {"big": 0.0}]
+    assert [row.total for row in stored] == [2.0, 1.5, 0.0]
+    assert [bool(value) for (value,) in nulls] == [False, True, False]
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["counted"] for line in lines] == [{"big": 1.0}, {}, {"big": 0.0}]
+    assert [line["parts"]["big"] for line in lines] == [7.0, 0.5, 7.0]
+
+
+def test_a_file_from_before_counted_values_is_read_and_upgraded(tmp_path: Path) -> None:
+    path = tmp_path / "run.sqlite"
+    with Database(path) as database:
+        database.write_step(1, [shaped()], advantages=None, metrics={})
+        database._link.execute("ALTER TABLE completions DROP COLUMN counted")
+        database._link.execute("PRAGMA user_version = 2")
+    with Database(path, read_only=True) as database:
+        assert [row.counted for row in database.iterate()] == [{}] * 3
+    with Database(path) as database:
+        database.write_step(2, [shaped()], advantages=None, metrics={})
+        counted = [row.counted for row in database.iterate()]
+    assert counted == [{}] * 3 + [{"big": 1.0}, {}, {"big": 0.0}]

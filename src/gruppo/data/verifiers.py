@@ -1,8 +1,9 @@
-"""Task sets of the ``verifiers`` library (extra ``verifiers``): prompts of one turn.
+"""Task sets of the ``verifiers`` library (extra ``verifiers``): the prompts.
 
-Only the task set is taken: its tasks here, its reward functions in the reward kind ``verifiers``.
-Whatever the library would run around a completion (a program with tools, a container, another
-agent) is not run, so a task set that needs it is refused.
+By themselves they are of one turn: the tasks here, their reward functions in the reward kind
+``verifiers``. What the library would run around a completion is not run then, so a task set that
+needs it is refused. With ``episodes`` they are played by the environment kind ``verifiers``, which
+runs tools and an environment's own turns, and refuses the rest (a machine, other agents).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gruppo.types import Problem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verifiers:
-    """A task set of verifiers 0.4: single turns, rewarded by the reward kind ``verifiers``.
+    """A task set of verifiers 0.4, rewarded by the reward kind ``verifiers``; see ``episodes``.
 
     ``info["verifiers"]`` is the task as data; there is no reference answer, because the task set
     keeps what it compares with to itself.
@@ -31,6 +32,7 @@ class Verifiers:
         options: its settings, those of its tasks under ``task``.
         system: text of a system message for tasks that have none.
         label: name of the data set in metrics; ``taskset`` if None.
+        episodes: the environment kind ``verifiers`` plays the tasks, and rewards them.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -41,6 +43,7 @@ class Verifiers:
     options: Mapping[str, Any] = field(default_factory=dict)
     system: str | None = None
     label: str | None = None
+    episodes: bool = False
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
@@ -66,10 +69,11 @@ class Verifiers:
             raise ValueError(f"taskset: {self.taskset!r} cannot be made: {error}") from error
         if self.size is None and not tasks.bounded:
             raise ValueError(f"size: {self.taskset!r} has no last task; say how many to take")
-        if needs := _needs(vf, self.taskset, tasks):
+        if not self.episodes and (needs := _needs(vf, self.taskset, tasks)):
             raise ValueError(
                 f"taskset: {self.taskset!r} needs {needs}, which is not run here: only single "
-                "turns that are graded by their text can be taken"
+                "turns that are graded by their text can be taken; tools and turns of an "
+                "environment with episodes = true and an environment of kind verifiers"
             )
         shape = Shape(columns=Columns(answer=None), prompting=Prompting(system=self.system))
         rows = self._rows(islice(tasks, self.size))
@@ -80,7 +84,7 @@ class Verifiers:
             yield f"task {number}", lambda task=task: (self._row(task), dict)
 
     def _row(self, task: Any) -> Row:
-        if missing := _missing(task):
+        if not self.episodes and (missing := _missing(task)):
             raise ValueError(missing)
         given, system = task.data.prompt, task.data.system_prompt
         chat = [{"role": "system", "content": system}] if system else []
@@ -91,6 +95,8 @@ class Verifiers:
         data = task.data.model_dump(mode="json", exclude_defaults=True)
         task.data_type().model_validate(data)  # as the reward's worker will make it again
         kept = {"taskset": self.taskset, "options": dict(self.options), "data": data}
+        if self.episodes:
+            kept["episodes"] = True
         return {"question": chat, "verifiers": kept}
 
 

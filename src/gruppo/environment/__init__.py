@@ -16,12 +16,14 @@ from gruppo.environment.python import (
 )
 from gruppo.environment.tools import Tool, Toolbox
 from gruppo.environment.trl import Trl, TrlEnvironment
+from gruppo.environment.verifiers import Verifiers, VerifiersEnvironment
 
 KINDS: dict[str, type] = {
     "calculator": Calculator,
     "guessing_game": GuessingGame,
     "python": Python,
     "trl": Trl,
+    "verifiers": Verifiers,
 }
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "Toolbox",
     "Trl",
     "TrlEnvironment",
+    "Verifiers",
+    "VerifiersEnvironment",
     "calculate",
     "python_environment",
     "python_tool",

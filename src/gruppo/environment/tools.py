@@ -149,19 +149,15 @@ class ToolEpisode:
             if call.name not in self.tools:
                 known = ", ".join(self.tools)
                 raise ToolError(f"there is no tool {call.name[:80]!r}; there are: {known}")
-            return self._told(self.tools[call.name](call.arguments)), True
+            return told(self.tools[call.name](call.arguments), self.max_result), True
         except ServiceError:
             raise
         except ToolError as error:
-            return self._told(f"error: {_hidden(str(error))}"), False
+            return told(f"error: {error}", self.max_result), False
         except Exception as error:
             if isinstance(error, OSError) and not isinstance(error, _POLICYS):
                 raise
-            return self._told(f"error: {type(error).__name__}: {_hidden(str(error))}"), False
-
-    def _told(self, text: str) -> str:
-        # half a surrogate pair is no text that could be encoded or recorded
-        return _cut(text.encode("utf-8", "replace").decode(), self.max_result)
+            return told(f"error: {type(error).__name__}: {error}", self.max_result), False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,11 +227,26 @@ def check_result_size(max_result: int) -> None:
         raise ValueError(f"max_result = {max_result}: must be at least 20 characters")
 
 
+def told(text: str, most: int) -> str:
+    """What the policy is told as a tool's result, in ``most`` characters.
+
+    Errors lose what looks like a key or password in them.
+    """
+    shown = _hidden(text) if text.startswith("error: ") else text
+    # half a surrogate pair is no text that could be encoded or recorded
+    return _cut(shown.encode("utf-8", "replace").decode(), most)
+
+
 def instructions(tools: Sequence[Tool], calls: CallFormat) -> str:
     """What the policy must know of ``tools`` and how to call them, as a system prompt says it."""
-    schemas = "\n".join(json.dumps(tool.schema["function"]) for tool in tools)
+    return instructions_of([tool.schema for tool in tools], calls)
+
+
+def instructions_of(schemas: Sequence[Mapping[str, object]], calls: CallFormat) -> str:
+    """The same of tools by their schemas."""
+    shown = "\n".join(json.dumps(schema["function"]) for schema in schemas)
     return (
-        f"You can call these tools:\n{schemas}\n"
+        f"You can call these tools:\n{shown}\n"
         f"To call one, write {example_call(calls)} and end your turn; the result follows."
     )
 

@@ -8,11 +8,21 @@ from typing import Annotated, ClassVar
 
 from pydantic import Discriminator
 
-from gruppo.environment import Calculator, Environment, GuessingGame, Limits, Python, Trl
+from gruppo.environment import (
+    Calculator,
+    Environment,
+    GuessingGame,
+    Limits,
+    Python,
+    Trl,
+    Verifiers,
+)
 from gruppo.recipe.custom import Custom
 from gruppo.types import Message
 
-AnyEnvironment = Annotated[Calculator | GuessingGame | Python | Trl | Custom, Discriminator("kind")]
+AnyEnvironment = Annotated[
+    Calculator | GuessingGame | Python | Trl | Verifiers | Custom, Discriminator("kind")
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +46,7 @@ class EnvironmentSection:
 
     def __post_init__(self) -> None:
         self.limits()
-        if isinstance(self.use, Python):
+        if isinstance(self.use, Python | Verifiers):
             self.use.check(self.max_seconds)
 
     def limits(self) -> Limits:
@@ -59,7 +69,7 @@ class EnvironmentSection:
                 return None
             case Python() as tool:
                 return tool.open(report)
-            case Trl() as made:
+            case Trl() | Verifiers() as made:
                 return made.open()
             case Custom() as custom:
                 return _checked(custom)

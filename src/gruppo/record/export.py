@@ -18,8 +18,8 @@ def export_samples(
     r"""Write one JSON object per completion to ``path``, whole or not at all.
 
     The objects hold step, group, row, problem, source, prompt (messages), answer, completion,
-    num_tokens, reward, task, parts, advantage, finish, interaction and failure. Text that is no
-    valid Unicode is escaped as JSON allows (``\ud800``).
+    num_tokens, reward, task, parts, counted, advantage, finish, interaction and failure. Text that
+    is no valid Unicode is escaped as JSON allows (``\ud800``).
 
     Args:
         database: The run's database.
@@ -64,6 +64,7 @@ def sample_line(completion: StoredCompletion) -> str:
         "reward": completion.total,
         "task": completion.task,
         "parts": dict(completion.parts),
+        "counted": dict(completion.counted),
         "advantage": completion.advantage,
         "finish": completion.finish,
         "interaction": completion.interaction and asdict(completion.interaction),

@@ -94,7 +94,7 @@ def detail_text(detail: Mapping[str, object]) -> str:
     return json.dumps(codec.finite(scrub_values(detail)))
 
 
-_INSERT_COMPLETION = f"INSERT INTO completions VALUES ({', '.join('?' * 17)})"
+_INSERT_COMPLETION = f"INSERT INTO completions VALUES ({', '.join('?' * 18)})"
 
 
 def _completion_values(
@@ -123,6 +123,7 @@ def _completion_values(
         completion.finish,
         codec.pack_failure(score.error),
         codec.pack_interaction(completion.interaction),
+        codec.pack_parts(score.counted) if score.counted else None,
     )
 
 

@@ -50,7 +50,8 @@ class StoredCompletion:
 
     ``advantage`` is the mean over trained tokens if there was one per token, and None if the step
     had none. ``version`` is the policy's at the oldest token. ``tokens`` is None if the run was
-    told not to store tokens.
+    told not to store tokens. ``parts`` are raw values, ``counted`` what counted in the place of
+    those that a clip or gate changed.
     """
 
     step: int
@@ -71,6 +72,7 @@ class StoredCompletion:
     finish: Finish
     failure: Failure | None
     interaction: Interaction | None = None
+    counted: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,7 @@ def completion_from(row: sqlite3.Row) -> StoredCompletion:
         finish=row["finish"],
         failure=codec.unpack_failure(row["failure"]),
         interaction=codec.unpack_interaction(_column(row, "interaction")),
+        counted=json.loads(_column(row, "counted") or "{}"),
     )
 
 

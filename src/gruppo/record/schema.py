@@ -3,14 +3,15 @@
 Text columns hold TEXT, or, where a string is no valid Unicode (lone surrogates), a BLOB of its
 UTF-8 with surrogates passed through. Blobs are little-endian: token ids int32, log-probabilities
 and advantages float32, masks one byte per token. A metric that was NaN is NULL. ``detail``,
-``prompt``, ``parts``, ``failure`` and ``interaction`` (the episode with an environment: dialogue,
-calls, reward, what ended it) are JSON. Times are seconds since 1970 (UTC); nothing is
-ordered by them.
+``prompt``, ``parts`` (raw values), ``counted`` (what counted in the place of a raw value that a
+clip or gate changed, before its weight; NULL if none was), ``failure`` and ``interaction`` (the
+episode with an environment: dialogue, calls, reward, what ended it) are JSON. Times are seconds
+since 1970 (UTC); nothing is ordered by them.
 """
 
 from __future__ import annotations
 
-VERSION = 2  # PRAGMA user_version; raised when an older gruppo could misread the tables
+VERSION = 3  # PRAGMA user_version; raised when an older gruppo could misread the tables
 
 # Tables whose rows belong to a step, in the order in which they are cleared.
 STEP_TABLES = (
@@ -24,7 +25,10 @@ STEP_TABLES = (
     "events",
 )
 
-UPGRADES = {1: "ALTER TABLE completions ADD COLUMN interaction TEXT"}
+UPGRADES = {
+    1: "ALTER TABLE completions ADD COLUMN interaction TEXT",
+    2: "ALTER TABLE completions ADD COLUMN counted TEXT",
+}
 """What turns the tables of a version into those of the next."""
 
 TABLES = """
@@ -67,6 +71,7 @@ CREATE TABLE completions (
     finish TEXT NOT NULL,
     failure TEXT,
     interaction TEXT,
+    counted TEXT,
     PRIMARY KEY (step, group_index, row)
 );
 CREATE TABLE evaluations (

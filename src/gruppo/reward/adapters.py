@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal
 
 from gruppo.reward.base import GroupRows, guarded, ungraded
 from gruppo.reward.contracts import CALLS, Contract, Form, Row, detect
-from gruppo.reward.process import Death, Pool, Reply, Setup, pool
 from gruppo.types import Completion, Failure, Problem, Score
+from gruppo.worker.process import Death, Pool, Reply, Setup, pool
 
 # One call's result: a value per row, or why there is none. The values are whatever the user's
 # function returned (hence Any below): base.py judges them.
@@ -102,7 +102,7 @@ class Function:
     def _pool(self) -> Pool:
         settings = {"name": self.name, "contract": self.contract, "form": self.form}
         setup = Setup(
-            handler="child_function.py", settings=json.dumps(settings), secrets=self.secrets
+            handler="reward/child_function.py", settings=json.dumps(settings), secrets=self.secrets
         )
         return pool(setup, self.workers)
 

@@ -3,8 +3,8 @@
 Everything that can go wrong inside a reward ends here: exceptions, wrong lengths and values that
 are no usable numbers become a counted ``Failure`` and an unscored value, never a silent 0, and the
 other rows keep theirs. This module knows no particular reward, starts no process and sets no
-deadline; rewards that need those bring their own (see ``process.py``). How one part counts stands
-in ``part.py``, what is checked of its values in ``cells.py``.
+deadline; rewards that need those bring their own (see ``gruppo.worker``). How one part counts
+stands in ``part.py``, what is checked of its values in ``cells.py``.
 """
 
 from __future__ import annotations

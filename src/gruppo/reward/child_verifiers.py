@@ -35,6 +35,8 @@ async def _score(row: Mapping[str, Any]) -> float:
     if "verifiers" not in row["info"]:
         raise ValueError("the problem is of no task set: its data must be of kind verifiers")
     given = row["info"]["verifiers"]
+    if given.get("episodes"):
+        raise ValueError("the data has episodes: their reward is of kind environment")
     kind, config = _task_set(given["taskset"], json.dumps(given["options"]))
     task = kind(kind.data_type().model_validate(given["data"]), config)
     trace = _trace(task, row)

@@ -15,8 +15,8 @@ from typing import ClassVar, Final, Literal
 
 from gruppo.reward.base import GroupRows, Value, refused, ungraded
 from gruppo.reward.extract import MAX_ANSWER, TEMPLATES, Answer, after_thinking, find_answer
-from gruppo.reward.process import Death, Pool, Reply, Setup, pool
 from gruppo.types import Completion, Problem
+from gruppo.worker.process import Death, Pool, Reply, Setup, pool
 
 # Scorers take microseconds; processor time, so that load is not blamed.
 _CPU_S: Final = 1.0
@@ -126,7 +126,9 @@ class ReasoningGym:
 
     def _pool(self) -> Pool:
         settings = json.dumps({"cpu_s": _CPU_S, "memory_bytes": _MEMORY})
-        return pool(Setup(handler="child_gym.py", settings=settings, secrets=None), self.workers)
+        return pool(
+            Setup(handler="reward/child_gym.py", settings=settings, secrets=None), self.workers
+        )
 
 
 def _longest(entry: object) -> int:

@@ -17,8 +17,8 @@ from gruppo.reward.answer import no_gold
 from gruppo.reward.base import GroupRows, Value, refused, ungraded
 from gruppo.reward.extract import TEMPLATES, find_answer, last_boxed
 from gruppo.reward.math_text import compare_exactly, spelled_as_ratio, tidy
-from gruppo.reward.process import Death, Pool, Reply, Setup, pool
 from gruppo.types import Completion, Problem
+from gruppo.worker.process import Death, Pool, Reply, Setup, pool
 
 _LIMIT_SIGNALS = frozenset({-signal.SIGPROF, -signal.SIGALRM, -signal.SIGXCPU})
 _CRASH_SIGNALS = frozenset(
@@ -109,7 +109,7 @@ class Math:
             "wall_s": 10 * self.cpu_s,
             "memory_bytes": int(self.memory_gib * 2**30),
         }
-        setup = Setup(handler="child_math.py", settings=json.dumps(settings), secrets=None)
+        setup = Setup(handler="reward/child_math.py", settings=json.dumps(settings), secrets=None)
         return pool(setup, self.workers)
 
     def _ask(self, pairs: Sequence[_Pair]) -> list[Value]:

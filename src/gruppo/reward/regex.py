@@ -16,8 +16,8 @@ from typing import ClassVar, Final, Literal
 from gruppo.reward.answer import gold_text, no_gold
 from gruppo.reward.base import GroupRows, Value, refused, ungraded
 from gruppo.reward.extract import MAX_ANSWER
-from gruppo.reward.process import Death, Pool, Reply, Setup, pool
 from gruppo.types import Completion, Problem, Score
+from gruppo.worker.process import Death, Pool, Reply, Setup, pool
 
 # A sane pattern takes milliseconds on a completion; processor time, so that load is not blamed.
 _CPU_S: Final = 1.0
@@ -106,5 +106,5 @@ class Regex:
     def _pool(self) -> Pool:
         flags = re.DOTALL | (re.IGNORECASE if self.ignore_case else 0)
         settings = {"full": self.full, "flags": int(flags), "cpu_s": _CPU_S}
-        setup = Setup(handler="child_regex.py", settings=json.dumps(settings), secrets=None)
+        setup = Setup(handler="reward/child_regex.py", settings=json.dumps(settings), secrets=None)
         return pool(setup, 1)

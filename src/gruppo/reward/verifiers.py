@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 
 from gruppo.reward.adapters import ask, require_secrets, score_by
 from gruppo.reward.base import GroupRows, ungraded
-from gruppo.reward.process import Death, Pool, Setup, pool
 from gruppo.types import Completion, Problem
+from gruppo.worker.process import Death, Pool, Setup, pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,5 +72,5 @@ class Verifiers:
         self._pool().close()
 
     def _pool(self) -> Pool:
-        setup = Setup(handler="child_verifiers.py", settings="{}", secrets=self.secrets)
+        setup = Setup(handler="reward/child_verifiers.py", settings="{}", secrets=self.secrets)
         return pool(setup, self.workers)

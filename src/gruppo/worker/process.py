@@ -1,4 +1,4 @@
-"""Worker processes that grade: started when first needed, killed at a deadline, replaced.
+"""Worker processes: started when first needed, killed at a deadline, replaced.
 
 A worker is ``child.py`` run by a fresh interpreter. Requests go to it as bytes (our own, so they
 may be pickled), replies come back as one JSON line on a descriptor of their own: nothing that the
@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from gruppo.reward.child import HEADER
 from gruppo.secret import names_secret
+from gruppo.worker.child import HEADER
 
-_FOLDER = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 # A reply holds numbers and short texts; more than this is a runaway.
 _MAX_REPLY = 64 * 1024 * 1024
 _START_SECONDS = 180.0
@@ -59,7 +59,7 @@ class Death:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a worker runs: a handler file beside this one, its settings, and its environment.
+    """What a worker runs: a handler file of this package, its settings, and its environment.
 
     ``secrets`` names the variables that it may read although their names say that they are secret;
     it inherits all others too. None: it inherits nothing but what an interpreter needs.
@@ -78,8 +78,9 @@ class Worker:
         requests_out, self._requests = os.pipe()
         self._replies, replies_in = os.pipe()
         environment = _environment(setup.secrets)
-        command = [sys.executable, "-P", str(_FOLDER / "child.py"), str(_FOLDER / setup.handler)]
-        command += [setup.settings, json.dumps(sys.path), str(requests_out), str(replies_in)]
+        command = [sys.executable, "-P", str(Path(__file__).with_name("child.py"))]
+        command += [str(_PACKAGE / setup.handler), setup.settings, json.dumps(sys.path)]
+        command += [str(requests_out), str(replies_in)]
         try:
             self._process = subprocess.Popen(
                 command,

@@ -1,6 +1,6 @@
-"""The program that a reward's worker process runs. It is started as a script, never imported.
+"""The program that a worker process runs. It is started as a script, never imported.
 
-It loads one handler (``child_math.py``, say), then answers requests: a frame
+It loads one handler (``reward/child_math.py``, say), then answers requests: a frame
 of 16 bytes id and 8 bytes length, then that many bytes, comes in on one descriptor; one JSON line
 ``{"id", "reply"}`` or ``{"id", "error"}`` goes out on another. Standard output and input belong to
 nobody, so what a reward function prints cannot be taken for an answer. Only the standard library
@@ -120,7 +120,7 @@ def main() -> None:
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        module = load(handler, "gruppo_reward_handler")
+        module = load(handler, "gruppo_handler")
         handle, info = module.make(json.loads(settings))
     except BaseException as error:
         send(int(replies), {"error": describe(error)})

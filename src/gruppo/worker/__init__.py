@@ -1,0 +1,1 @@
+"""Processes for foreign code: started when first needed, killed at a deadline, replaced."""
