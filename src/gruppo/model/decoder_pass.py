@@ -27,7 +27,7 @@ from gruppo.model.joint import Joint, give_products
 from gruppo.model.packing import Packing
 from gruppo.model.parts import text_config
 from gruppo.model.products import Products, choosing, current_products
-from gruppo.model.segments import Segments, numbers
+from gruppo.model.segments import Segments, part_numbers
 
 _NUMBERS = (torch.float32, torch.bfloat16)
 # Others have the same modules and compute otherwise (layers without rotation, other rotations,
@@ -145,7 +145,7 @@ class _Row:
         with torch.no_grad():
             turns = decoder.rotary(hidden[None], packing.positions[None])
         cosine, sine = (part[0].float().contiguous() for part in turns)
-        parts = numbers(packing.parts)
+        parts = part_numbers(packing.parts)
         return cls(parts=parts, cosine=cosine, sine=sine, dtype=dtype, casts=casts)
 
 

@@ -3,7 +3,7 @@
 torch gives float32 products to its BLAS and bfloat16 ones to oneDNN. On some processors (those with
 AVX-512 that are not Intel's, above all) oneDNN is twice as fast in float32 too, or the own kernels
 (``native/product.cpp``) are faster than either; on others, those with matrix units above all, they
-are not. Which are is measured in ``timed_products.py``.
+are not. Which are the fastest is measured in ``timed_products.py``.
 """
 
 from __future__ import annotations

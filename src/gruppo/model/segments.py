@@ -1,8 +1,9 @@
 """Attention over segments of one row without copies of keys, as one node of autograd.
 
 Nothing is repeated, gathered or padded, and autograd keeps queries, keys, values and the output
-once. One compiled kernel does all of it (``native/segments.cpp``), or, where there is no compiler,
-torch's flash kernel part by part (``rectangle.py``). For CPUs, and plain softmax attention alone.
+once. A compiled kernel does all of it, and another its gradient (``native/segments_forward.cpp``,
+``segments_backward.cpp``), or, where there is no compiler, torch's flash kernel part by part
+(``rectangle.py``). For CPUs, and plain softmax attention alone.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Segments:
         return Gradients(*found)
 
 
-def numbers(parts: Sequence[Part]) -> tuple[native.PartNumbers, ...]:
+def part_numbers(parts: Sequence[Part]) -> tuple[native.PartNumbers, ...]:
     """As the kernels take them."""
     return tuple(
         (part.query.start, part.query.stop, part.key.start, part.key.stop, part.causal)
@@ -131,5 +132,5 @@ def _way(
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not native.can_attend_parts(query):
         return Rectangles(rows, key[0], value[0], factor, parts)
-    pattern = native.Pattern(numbers(parts), factor)
+    pattern = native.Pattern(part_numbers(parts), factor)
     return Segments(rows.contiguous(), key[0].contiguous(), value[0].contiguous(), pattern)

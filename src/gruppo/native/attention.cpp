@@ -56,8 +56,6 @@ void ask_for(const T* next, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(next + i, 0, 2);
 }
 
-int64_t rounded_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-
 // scores[x * stride + lane] of VECTORS vectors of queries, which lie [width / kDeep, stride].
 template <int VECTORS, typename T>
 void score_together(const T* keys, int64_t count, int64_t width,

@@ -8,6 +8,8 @@
 
 namespace {
 
+inline int64_t rounded_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
 inline float widen(float x) { return x; }
 inline float widen(uint16_t x) {  // bfloat16 is the upper half of a float
   uint32_t bits = static_cast<uint32_t>(x) << 16;

@@ -21,13 +21,11 @@ constexpr int kAcross = 4;                  // vectors of a tile
 constexpr int kDown = kRegisters / 16 * 3;  // its rows: sums and what they are made of fill the registers
 constexpr int64_t kBlock = 8 * kDown;       // most rows that meet columns together
 
-int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-
 struct Sizes {
   int64_t heads, length, repeats, width;
   float scale;
 
-  int64_t wide() const { return up(width, kLanes); }
+  int64_t wide() const { return rounded_up(width, kLanes); }
 };
 
 struct Seen {
@@ -110,8 +108,8 @@ class Right {
     for (const Segment& segment : segments) {
       const int64_t count = segment.count() * rows.repeats;
       place_.push_back(head_);
-      vector_.push_back((down ? up(count, P::kDeep) : sizes.width) / P::kDeep * kLanes);
-      head_ += vector_.back() * (down ? sizes.wide() : up(count, kLanes)) / kLanes;
+      vector_.push_back((down ? rounded_up(count, P::kDeep) : sizes.width) / P::kDeep * kLanes);
+      head_ += vector_.back() * (down ? sizes.wide() : rounded_up(count, kLanes)) / kLanes;
     }
     lanes_.reset(new Lane[sizes.heads * head_]);
     const std::vector<Block> blocks =
@@ -132,7 +130,7 @@ class Right {
   void lay_across(const Sizes& sizes, const Segment& segment, const Rows<T>& rows, Block block) {
     const int64_t vector = vector_[block.segment];
     Lane* to = lanes_.get() + block.head * head_ + place_[block.segment];
-    for (int64_t x = block.from; x < up(block.to, kLanes); ++x) {
+    for (int64_t x = block.from; x < rounded_up(block.to, kLanes); ++x) {
       const T* from = rows.at(block.head, segment.from * rows.repeats + std::min(x, block.to - 1));
       Lane* lane = to + x / kLanes * vector + x % kLanes;
       for (int64_t d = 0; d < sizes.width; d += P::kDeep, lane += kLanes) *lane = P::lane(from + d);

@@ -22,9 +22,10 @@ PartNumbers = tuple[int, int, int, int, bool]
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """Which queries see which keys, none a key twice; ``scale`` multiplies scores.
+    """Which queries see which keys; ``scale`` multiplies scores.
 
-    Every query is in a causal part, whose keys end where its queries do.
+    The keys of a causal part end where its queries do. A key that several parts give to a query
+    counts several times.
     """
 
     parts: Sequence[PartNumbers]
@@ -96,8 +97,11 @@ def _call(
     assert key.shape == value.shape == (heads, length, width), "keys of the same heads"
     assert out.shape == (length, heads * repeats, width), "an output for every query"
     assert all(x.is_contiguous() for x in (*given, *others)), "buffers are whole"
-    narrow = (*given, *(x for x in others if x.shape == out.shape and x.dtype == out.dtype))
-    assert all(x.dtype == query.dtype for x in narrow), "one type of numbers"
+    lse, *grads = others
+    assert (lse.shape, lse.dtype) == (query.shape[:3], torch.float32), "a sum for every query"
+    assert not grads or grads[0].shape == out.shape, "a gradient for every output"
+    assert all(x.dtype == query.dtype for x in (*given, *grads[:1])), "one type of numbers"
+    assert width % 2 == 0, "numbers are read in pairs"
     for first, end, first_key, end_key, causal in pattern.parts:
         assert 0 <= first <= end <= length, "queries of the row"
         assert 0 <= first_key <= end_key <= length, "keys of the row"

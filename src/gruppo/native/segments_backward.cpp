@@ -148,7 +148,7 @@ class Backward {
       }
     for (const Chunk& chunk : piece.chunks) {
       float* queries = queries_.own();
-      std::fill(queries, queries + up(chunk.count(), kDown) * sizes_.wide(), 0.0f);
+      std::fill(queries, queries + rounded_up(chunk.count(), kDown) * sizes_.wide(), 0.0f);
       for (const Seen& seen : segments_[chunk.segment].keys) {
         const Sums to = sums(head, piece, seen.segment);
         const int64_t most = seen.causal ? (chunk.to - 1) / sizes_.repeats + 1
@@ -170,7 +170,7 @@ class Backward {
     // columns that see none of the keys are left out, in whole vectors
     const int64_t from = causal ? std::max(chunk.from, block.from * sizes_.repeats / kLanes * kLanes)
                                 : chunk.from;
-    const int64_t count = chunk.to - from, even = up(count, kDeep);
+    const int64_t count = chunk.to - from, even = rounded_up(count, kDeep);
     const int64_t at = block.head * rows() + segments_[chunk.segment].from * sizes_.repeats + from;
     by_columns(block, first, given_.key, query_, chunk.segment, from, count, scores);
     by_columns(block, first, given_.value, grad_, chunk.segment, from, count, grads);
@@ -219,7 +219,7 @@ class Backward {
     const int64_t vector = right.vector(segment);
     multiply<T>([&](int64_t i) { return rows.at(block.head, first + i); }, block.count(),
                 right.at(block.head, segment) + from / kLanes * vector, vector,
-                up(count, kLanes) / kLanes, sizes_.width / kDeep, out, kChunk, false);
+                rounded_up(count, kLanes) / kLanes, sizes_.width / kDeep, out, kChunk, false);
   }
 
   // Adds to each key what belongs to some columns, each times a number of the row.
@@ -228,14 +228,14 @@ class Backward {
     float* product = product_.own();
     multiply<T>([&](int64_t i) { return left + i * kChunk; }, block.count(),
                 right.at(block.head, segment) + from / kDeep * kLanes, right.vector(segment),
-                sizes_.wide() / kLanes, up(count, kDeep) / kDeep, product, sizes_.wide(), false);
+                sizes_.wide() / kLanes, rounded_up(count, kDeep) / kDeep, product, sizes_.wide(), false);
     emit(product, block.count(), to + block.from * sizes_.width, true);
   }
 
   // Adds to each column the block's keys, each times a number of the column.
   void add_keys(const Block& block, const T* gradient, int64_t count, float* queries) const {
     T* turned = turned_.own();
-    const int64_t keys = up(block.count(), kDeep);
+    const int64_t keys = rounded_up(block.count(), kDeep);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t r = 0; r < block.count(); ++r) turned[i * kBlock + r] = gradient[r * kChunk + i];
       for (int64_t r = block.count(); r < keys; ++r) turned[i * kBlock + r] = T(0);

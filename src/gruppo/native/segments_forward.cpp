@@ -2,7 +2,8 @@
 //
 // Every query's softmax is over the keys of all segments that it sees, so nothing is merged
 // afterwards and no weights are kept. Some rows at a time meet the keys that they see: a product, the
-// softmax, and a product with the values, all within the cache.
+// softmax, and a product with the values, all within the cache. A key that a query does not see may be
+// multiplied by 0, so what is kept must be finite.
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +17,8 @@
 
 namespace {
 
-constexpr int64_t kScores = 1 << 16;  // most scores at a time: all of a row must be at hand
+// Scores at a time, unless kDown rows have more: all of a row must be at hand.
+constexpr int64_t kScores = 1 << 16;
 
 template <typename T>
 class Forward {
@@ -40,7 +42,7 @@ class Forward {
     std::vector<int64_t> columns;
     for (const Segment& segment : segments) {
       columns.push_back(0);
-      for (const Seen& seen : segment.keys) columns.back() += up(segments[seen.segment].count(), kLanes);
+      for (const Seen& seen : segment.keys) columns.back() += rounded_up(segments[seen.segment].count(), kLanes);
     }
     return columns;
   }
@@ -72,24 +74,24 @@ class Forward {
     T* weights = weights_.own();
     int64_t at = 0;
     for (const Seen& seen : segment.keys) {
-      const int64_t vectors = up(visible(seen, block.to - 1), kLanes) / kLanes;
+      const int64_t vectors = rounded_up(visible(seen, block.to - 1), kLanes) / kLanes;
       multiply<T>([&](int64_t i) { return query_.at(block.head, first + i); }, block.count(),
                   key_.at(block.head, seen.segment), key_.vector(seen.segment), vectors,
                   sizes_.width / Parts<T>::kDeep, scores + at, stride, false);
-      at += up(segments_[seen.segment].count(), kLanes);
+      at += rounded_up(segments_[seen.segment].count(), kLanes);
     }
     float inverse[kBlock];
     for (int64_t r = 0; r < block.count(); ++r)
       inverse[r] = weigh(segment, block, r, scores + r * stride, weights + r * stride,
                          lse + block.head * sizes_.length * sizes_.repeats + first + r);
-    std::fill(mixed, mixed + up(block.count(), kDown) * sizes_.wide(), 0.0f);
+    std::fill(mixed, mixed + rounded_up(block.count(), kDown) * sizes_.wide(), 0.0f);
     at = 0;
     for (const Seen& seen : segment.keys) {
-      const int64_t depth = up(visible(seen, block.to - 1), Parts<T>::kDeep) / Parts<T>::kDeep;
+      const int64_t depth = rounded_up(visible(seen, block.to - 1), Parts<T>::kDeep) / Parts<T>::kDeep;
       multiply<T>([&](int64_t i) { return weights + i * stride + at; }, block.count(),
                   value_.at(block.head, seen.segment), value_.vector(seen.segment),
                   sizes_.wide() / kLanes, depth, mixed, sizes_.wide(), true);
-      at += up(segments_[seen.segment].count(), kLanes);
+      at += rounded_up(segments_[seen.segment].count(), kLanes);
     }
     for (int64_t r = 0; r < block.count(); ++r) {
       const int64_t position = (first + r) / sizes_.repeats, repeat = (first + r) % sizes_.repeats;
@@ -110,7 +112,7 @@ class Forward {
       const int64_t count = visible(seen, block.from + r);
 #pragma omp simd reduction(max : top)
       for (int64_t i = 0; i < count; ++i) top = s[i] > top ? s[i] : top;
-      s += up(segments_[seen.segment].count(), kLanes);
+      s += rounded_up(segments_[seen.segment].count(), kLanes);
     }
     top *= scale;
     s = scores;
@@ -122,9 +124,9 @@ class Forward {
         total += weight;
         narrow(weight, weights + i);
       }
-      std::fill(weights + count, weights + up(visible(seen, block.to - 1), Parts<T>::kDeep), T(0));
-      s += up(segments_[seen.segment].count(), kLanes);
-      weights += up(segments_[seen.segment].count(), kLanes);
+      std::fill(weights + count, weights + rounded_up(visible(seen, block.to - 1), Parts<T>::kDeep), T(0));
+      s += rounded_up(segments_[seen.segment].count(), kLanes);
+      weights += rounded_up(segments_[seen.segment].count(), kLanes);
     }
     *lse = total > 0 || std::isnan(total) ? top + std::log(total) : -INFINITY;
     return total > 0 || std::isnan(total) ? 1.0f / total : 0.0f;
