@@ -213,6 +213,28 @@ def test_both_systems_get_the_same_work(tiny_folder: Path, tmp_path: Path):
         versus_trl(Work(prompt_tokens=5), trl=Trl(python="x"), rounds=1)
 
 
+def test_the_command_writes_a_curve_and_a_picture_of_it(tiny_folder, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("gruppo.bench.machine._SHAPES", ((64, 64, 64),))
+    monkeypatch.setitem(curves.CURVES, "group", (2, 4))
+    output = tmp_path / "curves.json"
+    options = ["--prompts", "2", "--prompt-tokens", "9", "--max-tokens", "3", "--steps", "1"]
+    options += ["--compute", "float32", "--curves", "group", "--output", str(output)]
+    assert main(["bench", "--model", str(tiny_folder), *options]) == 0
+    points = json.loads(output.read_text())["curves"]["group"]
+    assert [(p["group"], p["positions"]) for p in points] == [(2, 2 * (9 + 6)), (4, 2 * (9 + 12))]
+    assert all(p["sampling"] > 0 < p["training"] and p["other_cpus"] >= 0 for p in points)
+    picture = output.with_suffix(".svg").read_text()
+    assert picture.count("<!-- group -->") == 1  # what the panel varies, below its axis
+    assert all(f"<!-- {name} -->" in picture for name in ("sampling", "training", "positions"))
+
+
+def test_plain_drawing_tells_what_its_cache_took(tiny_folder: Path):
+    """2 x 4 rows, 9 columns of prompt and 128 of room; 2 layers of 2 heads of 8 floats, twice."""
+    work = Work(model=str(tiny_folder), plain=True, prompt_tokens=9, **SMALL)
+    assert measure(work).cache_gib == 8 * 137 * 2 * (2 * 2 * 8 * 4) / 2**30
+
+
 def test_the_command_writes_json(tiny_folder: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr("gruppo.bench.machine._SHAPES", ((64, 64, 64),))
     output = tmp_path / "out" / "bench.json"
