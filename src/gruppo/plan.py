@@ -6,12 +6,16 @@ Work that depends on the data, such as how long prompts are, is taken at its bou
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gruppo import dist
+from gruppo.engine.local.batch import plan_waves
+from gruppo.engine.local.cache import plain_columns
+from gruppo.engine.local.schedule import Schedule, rows_of
 from gruppo.model import Products, can_choose
 from gruppo.model.classifier import classifier_bytes
 from gruppo.model.footprint import Footprint, Shape, footprint
@@ -22,10 +26,10 @@ from gruppo.recipe import Recipe
 from gruppo.recipe.build import pin
 from gruppo.recipe.problems import USUAL_PROMPT
 from gruppo.reward import RewardModel
+from gruppo.types import Request
 
 _GIB = 2**30
 _CHUNK = 512  # positions of which the head makes logits at once (model.logprob)
-_PREFILL = 2048  # prompt tokens in one pass of the engine
 _COLUMNS = 128  # an own cache grows by so many
 # Python and its libraries once a model is open, its weights apart: 0.64 to 0.68 GiB measured.
 _OPENED = 13 * _GIB // 20
@@ -158,12 +162,15 @@ def memory(
         gradient_checkpointing=model.gradient_checkpointing,
         thrift=model.device == "cpu",
         products=products,
+        packed=model.packing,
     )
     needs_reference = recipe.objective.build(max_tokens=rollout.max_tokens).needs_reference
     copied = needs_reference and (model.lora is None or recipe.train.reference_sync_steps > 0)
-    cache = _cache(recipe, found, length)
-    # a CPU's blocked copies, or 16-bit ones that a captured step reads
-    packed = found.linears if model.device == "cpu" or compute == torch.bfloat16 else 0
+    rows, cached = _drawn_together(recipe, length)
+    cache, is_shared = cached * found.cache_per_token, recipe.engine.kind == "shared"
+    # a CPU's blocked copies, or 16-bit ones: those a captured step reads, or autocast's
+    copied_weights = (is_shared and model.device == "cpu") or compute == torch.bfloat16
+    packed = found.linears if copied_weights else 0
     judges, judging = _judges(recipe, model.device)
     return MemoryPlan(
         process=max(_resident(), _OPENED) if model.device == "cpu" else 0,
@@ -176,8 +183,8 @@ def memory(
         head=_head(found, largest.shape.positions, products, cpu=model.device == "cpu"),
         cache=cache,
         packed=packed,
-        kept=_kept(model.device, cache + packed),
-        drawing=_rows(recipe) * found.vocabulary * _copies(model.device),
+        kept=_kept(model.device, cache + packed) if is_shared else 0,
+        drawing=rows * found.vocabulary * _copies(model.device),
         optimizer=4 * min(found.largest, (4 if model.device == "cpu" else 256) * SLICE),
         judges=judges,
         judging=judging,
@@ -226,6 +233,10 @@ def _full(recipe: Recipe, prompt: int) -> Pass:
     """The largest micro-batch: completions that all have ``max_tokens``, in as many groups."""
     rollout, budget = recipe.rollout, recipe.train.tokens_per_microbatch
     most = -(-rollout.prompts_per_step // recipe.train.minibatches) * rollout.group_size
+    if not recipe.model.packing:  # every completion with its own prompt
+        rows = min(most, max(1, budget // (prompt + rollout.max_tokens)))
+        shape = Shape(prompts=[prompt] * rows, completions=[[rollout.max_tokens]] * rows)
+        return Pass(shape, alone=rows == most)
     rows, used = 0, 0
     while rows < most:
         used += rollout.max_tokens + (prompt if rows % rollout.group_size == 0 else 0)
@@ -239,16 +250,39 @@ def _full(recipe: Recipe, prompt: int) -> Pass:
     return Pass(shape, alone=rows == most)
 
 
-def _rows(recipe: Recipe) -> int:
-    rollout = recipe.rollout
-    drawn = rollout.prompts_per_step * rollout.group_size * rollout.oversample
-    return min(recipe.engine.max_rows, int(drawn))
+def _drawn_together(recipe: Recipe, prompt: int) -> tuple[int, int]:
+    """Most rows that are decoded at once, and the tokens that there is room for beside them.
+
+    As if every completion had all its tokens: the engine's own plan for such requests is asked.
+    """
+    rollout, engine = recipe.rollout, recipe.engine
+    asked = math.ceil(rollout.prompts_per_step * rollout.oversample)
+    requests = [
+        Request(tokens=(number,) * prompt, num_samples=rollout.group_size, key=(0, number))
+        for number in range(asked)
+    ]
+    limits, most = [rollout.max_tokens] * asked, engine.max_rows
+    if engine.kind == "plain":
+        waves = plan_waves(requests, limits, max_rows=most)
+        held = []
+        for wave in waves:
+            copied = len(wave) > len({row.request for row in wave})
+            held.append(len(wave) * plain_columns(prompt, rollout.max_tokens, copied=copied))
+        return max(map(len, waves)), max(held)
+    rows, bound = rows_of(requests, limits), engine.max_cached_tokens
+    slots = min(most, len(rows), max(1, bound // rollout.max_tokens) if bound else most)
+    columns = -(-rollout.max_tokens // _COLUMNS) * _COLUMNS
+    places = _places(Schedule(rows, requests, max_rows=most, max_tokens=bound))
+    return slots, slots * columns + places * prompt
 
 
-def _cache(recipe: Recipe, found: Footprint, prompt: int) -> int:
-    rows, size = _rows(recipe), recipe.rollout.group_size
-    columns = -(-recipe.rollout.max_tokens // _COLUMNS) * _COLUMNS
-    return (rows * columns + -(-rows // size) * prompt) * found.cache_per_token
+def _places(schedule: Schedule) -> int:
+    """Most prompts that are held at once, if all rows that run end together."""
+    places = 0
+    while not schedule.is_done:
+        places = max(places, *(admission.place + 1 for admission in schedule.admit()))
+        schedule.finish(range(len(schedule.rows)))
+    return places
 
 
 def _head(found: Footprint, positions: int, products: Products, *, cpu: bool) -> int:

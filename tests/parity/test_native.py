@@ -1,5 +1,6 @@
 """The compiled kernels equal plain torch."""
 
+import ctypes
 import platform
 
 import pytest
@@ -354,3 +355,36 @@ def test_turned_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         assert building.kernels() is None
     finally:
         building.kernels.cache_clear()
+
+
+HUGE = 2**45  # floats that no address space of 47 bits holds
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "kinds", "arguments"),
+    [
+        ("sample_float32", "iifidfpppp", (1, HUGE, 1.0, 0, 1.0, 0.0)),
+        ("norm_backward_float32", "iippppppppp", (1, HUGE)),
+        ("rotate_float32", "iiiiiffppppppppp", (1, 1, 1, HUGE, 1, 0.0, 0.0, 1, 1, 1, 1, 1)),
+        ("decode_attention_float32", "iiiiiiifppppppppp", (HUGE, 1, 1, 2, 1, 1, 0, 1.0)),
+        ("multiply_transposed_float32", "iiiiiippp", (HUGE, 1, 1, 1, 1, 0)),
+    ],
+)
+def test_work_that_finds_no_memory_is_an_error_and_no_end(name, kinds, arguments):
+    """Nothing is read before there is room for all threads."""
+    pointers = (None,) * (len(kinds) - len(arguments))
+    with pytest.raises(MemoryError, match=f"{name}: not enough memory"):
+        building.kernel(name, kinds, ctypes.c_int64)(*arguments, *pointers)
+
+
+@needs_kernels
+def test_a_completion_too_long_for_memory_is_an_error_and_no_end():
+    """What threads need of their own is had before they start."""
+    lengths = (ctypes.c_int64 * 1)(HUGE)
+    places = (ctypes.c_int64 * 1)(0)
+    one = (1, 1, 1, 2, 1, 1, 0, 1.0)
+    run = building.kernel("decode_attention_float32", "iiiiiiifppppppppp", ctypes.c_int64)
+    for prompt, own in ((lengths, places), (places, lengths)):
+        with pytest.raises(MemoryError, match="decode_attention_float32"):
+            run(*one, *(None,) * 5, places, prompt, own, None)

@@ -3,6 +3,8 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +137,55 @@ def test_ratios_are_of_medians():
     assert compared["memory_ratio"] == 0.5
 
 
+def _rounds(**shares: list[float]) -> dict[str, list[dict[str, Any]]]:
+    """Runs that differ by what other processes used meanwhile."""
+    return {
+        name: [{"round": number, "busy_cpus": share} for number, share in enumerate(given)]
+        for name, given in shares.items()
+    }
+
+
+def test_disturbed_runs_do_not_count():
+    runs = _rounds(trl=[0.02, 0.4, 0.1], gruppo=[0.7, 0.05, 0.0])
+    quiet, dropped, said = versus._undisturbed(runs)
+    left = {name: [run["round"] for run in kept] for name, kept in quiet.items()}
+    assert left == {"trl": [0, 2], "gruppo": [1, 2]}
+    assert dropped == ["trl in round 2", "gruppo in round 1"]
+    assert said == (
+        "other processes used more than 0.1 CPUs during trl in round 2, gruppo in round 1: "
+        "not counted"
+    )
+
+
+def test_all_runs_count_where_a_system_has_no_undisturbed_one():
+    runs = _rounds(trl=[0.02, 0.4], gruppo=[0.7, 0.2])
+    quiet, dropped, said = versus._undisturbed(runs)
+    assert (quiet, dropped) == (runs, [])
+    assert said.endswith("gruppo in round 2: no other run of gruppo, so all count")
+    calm = _rounds(trl=[0.0], gruppo=[0.1])
+    assert versus._undisturbed(calm) == (calm, [], "")
+
+
+def test_cpu_of_children_is_not_that_of_others(monkeypatch):
+    """Of 7 CPU seconds in 2 s this process used 1 and its children 3 + 2."""
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: next(clock))
+    busy, own = iter([100.0, 107.0]), iter([5.0, 6.0])
+    monkeypatch.setattr(measured, "_busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(measured.time, "process_time", lambda: next(own))
+    used = iter([(1.0, 1.0), (4.0, 3.0)])
+
+    def children(who: int) -> SimpleNamespace:
+        assert who == measured.resource.RUSAGE_CHILDREN
+        user, system = next(used)
+        return SimpleNamespace(ru_utime=user, ru_stime=system)
+
+    monkeypatch.setattr(measured.resource, "getrusage", children)
+    with measured.watching() as others:
+        pass
+    assert others.share == 0.5
+
+
 def test_both_systems_get_the_same_work(tiny_folder: Path, tmp_path: Path):
     """TRL is played by a script that checks what it was given."""
     stand_in = tmp_path / "python"
@@ -148,14 +199,40 @@ def test_both_systems_get_the_same_work(tiny_folder: Path, tmp_path: Path):
     )
     stand_in.chmod(0o755)
     work = Work(model=str(tiny_folder), **SMALL)
-    found = versus_trl(work, trl=Trl(python=str(stand_in), micro_batch=4), rounds=1)
+    trl, peak = Trl(python=str(stand_in), micro_batch=4), {"float32": 1e-3}
+    found = versus_trl(work, trl=trl, rounds=1, gflops=peak)
     assert found["seconds"]["trl"] == {"sampling": 2.0, "step": 20.0, "training": 18.0}
     ours = found["seconds"]["gruppo"]
     assert found["times_faster"]["step"] == pytest.approx(20.0 / ours["step"])
+    used = found["runs"]["gruppo"][0]["utilisation"]
+    passes = used["forward_backward"] * ours["forward_backward"]
+    assert passes == pytest.approx(3 * used["old"] * ours["old"])
     with pytest.raises(ValueError, match="micro_batch = 3 does not divide"):
         versus_trl(work, trl=Trl(python=str(stand_in), micro_batch=3), rounds=1)
     with pytest.raises(ValueError, match="needs text prompts"):
         versus_trl(Work(prompt_tokens=5), trl=Trl(python="x"), rounds=1)
+
+
+def test_the_command_writes_a_curve_and_a_picture_of_it(tiny_folder, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("gruppo.bench.machine._SHAPES", ((64, 64, 64),))
+    monkeypatch.setitem(curves.CURVES, "group", (2, 4))
+    output = tmp_path / "curves.json"
+    options = ["--prompts", "2", "--prompt-tokens", "9", "--max-tokens", "3", "--steps", "1"]
+    options += ["--compute", "float32", "--curves", "group", "--output", str(output)]
+    assert main(["bench", "--model", str(tiny_folder), *options]) == 0
+    points = json.loads(output.read_text())["curves"]["group"]
+    assert [(p["group"], p["positions"]) for p in points] == [(2, 2 * (9 + 6)), (4, 2 * (9 + 12))]
+    assert all(p["sampling"] > 0 < p["training"] and p["other_cpus"] >= 0 for p in points)
+    picture = output.with_suffix(".svg").read_text()
+    assert picture.count("<!-- group -->") == 1  # what the panel varies, below its axis
+    assert all(f"<!-- {name} -->" in picture for name in ("sampling", "training", "positions"))
+
+
+def test_plain_drawing_tells_what_its_cache_took(tiny_folder: Path):
+    """2 x 4 rows, 9 columns of prompt and 128 of room; 2 layers of 2 heads of 8 floats, twice."""
+    work = Work(model=str(tiny_folder), plain=True, prompt_tokens=9, **SMALL)
+    assert measure(work).cache_gib == 8 * 137 * 2 * (2 * 2 * 8 * 4) / 2**30
 
 
 def test_the_command_writes_json(tiny_folder: Path, tmp_path: Path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -101,6 +102,7 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(tmp_path, monkeyp
     rollout = load("quickstart").rollout
     prompts, each = rollout.prompts_per_step, rollout.group_size
     assert f"# {prompts} prompts x {each} = {prompts * each} completions a step" in shown
+    assert re.search(r"^# memory: about \d+\.\d GiB at the peak \(\w+\); weights \d", shown, re.M)
     assert list(tmp_path.iterdir()) == []
 
 

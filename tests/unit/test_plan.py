@@ -13,14 +13,14 @@ from gruppo.engine import LocalEngine
 from gruppo.model import Casts, Lora, attach, fused, load
 from gruppo.model.decoder_pass import decoder_states, find_pass
 from gruppo.model.footprint import Shape, footprint
-from gruppo.model.logprob import packed_states
+from gruppo.model.logprob import packed_states, padded_states
 from gruppo.recipe import load as load_recipe
 from gruppo.types import Request, Sampling
 
 
-def really_saved(model, shape: Shape, dtype) -> int:
-    """Bytes that autograd keeps of a real forward of the same packed row, without thrift."""
-    packing = shape.packed()
+def really_saved(model, shape: Shape, dtype, *, packed: bool = True) -> int:
+    """Bytes that autograd keeps of a real forward of the same rows, without thrift."""
+    given = (shape.packed(),) if packed else shape.padded()
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -33,7 +33,7 @@ def really_saved(model, shape: Shape, dtype) -> int:
     model.train()
     mixed = dtype == torch.bfloat16
     with saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype, enabled=mixed):
-        packed_states(model, packing)
+        (packed_states if packed else padded_states)(model, *given)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -48,6 +48,20 @@ def test_saved_activations_are_those_of_a_real_forward(tiny_folder, dtype, lora)
     assert found.saved == really_saved(model, shape, dtype)
     assert found.weights == sum(p.nbytes for p in model.parameters())
     assert found.trainable == sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_not_packed_are_padded_with_their_prompts(tiny_folder, dtype):
+    """Of 9 + 5 and 4 + 2 tokens, the last not read: both of 13."""
+    shape = Shape(prompts=[9, 4], completions=[[5], [2]])
+    ids, source = shape.padded()
+    assert (ids.shape, source.tolist()) == ((2, 13), [8, 9, 10, 11, 12, 16, 17])
+    found = footprint(str(tiny_folder), shape, compute=dtype, packed=False, thrift=False)
+    model = load(str(tiny_folder)).model
+    assert found.saved == really_saved(model, shape, dtype, packed=False)
+    with_thrift = footprint(str(tiny_folder), shape, compute=dtype, packed=False)
+    assert with_thrift.saved < found.saved
+    assert with_thrift.copies == 0
 
 
 @pytest.mark.skipif(native.kernels() is None, reason="no C++ compiler here")
@@ -108,14 +122,46 @@ def recipe(tiny_folder, *changes: str):
     return load_recipe("quickstart", [*given, *changes])
 
 
-def test_cache_is_what_the_engine_holds(tiny_folder):
-    found = plan.memory(recipe(tiny_folder), prompt_tokens=10)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_rows": 5},  # the third group begins beside the end of the second
+        {"max_cached_tokens": 60},
+        {"max_cached_tokens": 7},  # a row alone
+        {"kind": "plain"},
+        {"kind": "plain", "max_rows": 3, "max_cached_tokens": 7},  # bounds shared ones alone
+    ],
+    ids=["shared", "few rows", "few tokens", "one row", "plain", "plain, few rows"],
+)
+@pytest.mark.parametrize(("tokens", "group"), [(20, 4), (131, 1)])
+def test_cache_is_what_the_engine_holds(tiny_folder, settings, tokens, group):
+    changes = [f"engine.{name}={value}" for name, value in settings.items()]
+    changes += [f"rollout.max_tokens={tokens}", "objective.credit={kind = 'reinforce_pp'}"]
+    asked = recipe(tiny_folder, *changes, f"rollout.group_size={group}")
+    found = plan.memory(asked, prompt_tokens=10)
     model = load(str(tiny_folder)).model
-    engine = LocalEngine(model, lambda tokens: "", pad_token=256)
-    requests = [Request(tokens=(i, *range(9)), num_samples=4, key=(0, i)) for i in range(3)]
-    engine.generate(requests, Sampling(max_tokens=20))
-    assert engine.is_shared
-    assert found.cache == engine.peak_cache_bytes
+    engine = LocalEngine(model, lambda tokens: "", pad_token=256, **settings)
+    requests = [Request(tokens=(i, *range(9)), num_samples=group, key=(0, i)) for i in range(3)]
+    engine.generate(requests, Sampling(max_tokens=tokens))
+    assert engine.is_shared == (settings.get("kind") != "plain")
+    assert found.cache == engine.peak_cache_bytes > 0
+
+
+def test_plain_rows_are_drawn_from_the_weights_as_they_are(tiny_folder):
+    """No packed matrices but autocast's; logits of the rows that run together."""
+    plain, few, half = (
+        plan.memory(recipe(tiny_folder, *changes), prompt_tokens=10)
+        for changes in (
+            ["engine.kind=plain", "engine.max_rows=3"],
+            ["engine.max_cached_tokens=60"],
+            ["engine.kind=plain", "model.compute=bfloat16"],
+        )
+    )
+    copies = plan._copies("cpu")
+    assert (plain.packed, plain.drawing) == (0, 3 * 258 * 4 * copies)
+    assert few.drawing == 3 * 258 * 4 * copies
+    assert half.packed == few.packed // 2 > 0
 
 
 def test_what_a_captured_step_reads_stays_while_training(monkeypatch):
@@ -148,6 +194,26 @@ def test_the_largest_micro_batch_fits_the_budget(tiny_folder):
     assert groups("train.tokens_per_microbatch=1") == [1]
     assert groups("train.tokens_per_microbatch=9999") == [4, 4, 4]
     assert groups("train.tokens_per_microbatch=9999", "train.minibatches=2") == [4, 4]
+
+
+def test_the_largest_micro_batch_of_rows_that_are_not_packed(tiny_folder):
+    """Prompts of 10, completions of 20: 30 a row, whatever its group."""
+
+    def rows(budget: int, *changes: str):
+        changes = (f"train.tokens_per_microbatch={budget}", "model.packing=false", *changes)
+        full = plan._full(recipe(tiny_folder, *changes), 10)
+        count = len(full.shape.prompts)
+        assert full.shape == Shape(prompts=[10] * count, completions=[[20]] * count)
+        return count, full.alone
+
+    assert rows(200) == (6, False)
+    assert rows(29) == (1, False)
+    assert rows(360) == (12, True)
+    assert rows(9999, "train.minibatches=2") == (8, True)
+    found = plan.memory(recipe(tiny_folder, "model.packing=false"), prompt_tokens=10)
+    shape = Shape(prompts=[10] * 6, completions=[[20]] * 6)
+    assert found.activations == footprint(str(tiny_folder), shape, packed=False).saved
+    assert found.head == 6 * 20 * 258 * 4 + 258 * 32 * 4
 
 
 def test_an_only_pass_is_at_its_end_before_its_gradients_are(tiny_folder, monkeypatch):

@@ -286,6 +286,14 @@ def test_mistakes_in_several_sections_come_at_once():
     assert "4 mistakes" in text
 
 
+def test_a_key_in_a_section_that_does_not_exist_is_found_in_its_own():
+    text = mistakes("[policy]\npacking = false\nmax_rows = 3\nnone = 1")
+    assert 'policy.packing = false: unknown section; did you mean "model.packing"?' in text
+    assert 'policy.max_rows = 3: unknown section; did you mean "engine.max_rows"?' in text
+    assert "2 mistakes" in text
+    assert "policy: unknown section; known: data, " in mistakes("[policy]\nnone = 1")
+
+
 def test_rules_between_sections():
     assert "at least 2" in mistakes("[rollout]\ngroup_size = 1")
     lone = '[objective]\npreset = "rpp"\n[rollout]\ngroup_size = 1\nfilter = '

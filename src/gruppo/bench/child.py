@@ -13,5 +13,5 @@ from gruppo.bench.work import Work
 if __name__ == "__main__":
     task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     known = {entry.name for entry in fields(Work)}
-    outcome = measure(Work(**{name: task[name] for name in known}))
+    outcome = measure(Work(**{name: task[name] for name in known}), gflops=task["gflops"])
     Path(sys.argv[2]).write_text(json.dumps(asdict(outcome)), encoding="utf-8")

@@ -17,6 +17,8 @@ import torch
 _SHAPES = ((2048, 576, 1536), (2048, 1536, 576), (4096, 2048, 2048))
 _PATIENCE_S = 1.0
 _GIB = 2**30
+QUIET = 0.1
+"""CPUs that other processes may use beside a timing: what a machine at rest does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +81,26 @@ def peak_gib(device: str) -> float:
 
 
 class Others:
-    """CPUs that other processes used while something was measured."""
+    """CPUs that others than this process and its children used while something was measured."""
 
     share = 0.0
 
 
 @contextmanager
 def watching() -> Iterator[Others]:
-    """Measure what other processes use meanwhile; above 0.1 CPUs a timing is worth nothing."""
+    """Measure what others use meanwhile; above ``QUIET`` CPUs a timing is worth nothing."""
     seen = Others()
-    started, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+    started, busy, own = time.perf_counter(), _busy_seconds(), _own_seconds()
     yield seen
     wall = time.perf_counter() - started
-    others = (_busy_seconds() - busy) - (time.process_time() - own)
+    others = (_busy_seconds() - busy) - (_own_seconds() - own)
     seen.share = max(0.0, others) / wall
+
+
+def _own_seconds() -> float:
+    """CPU seconds of this process and of the children that it has waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _busy_seconds() -> float:

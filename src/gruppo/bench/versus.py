@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from gruppo.bench.machine import watching
+from gruppo.bench.machine import QUIET, watching
 from gruppo.bench.work import Work, device_of
 from gruppo.model import load
 
@@ -40,15 +40,20 @@ def versus_trl(
     *,
     trl: Trl,
     rounds: int,
+    gflops: dict[str, float] | None = None,
     report: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Seconds of both systems' phases, medians over ``rounds``, and their ratios.
+
+    Runs in which other processes used more than ``QUIET`` CPUs count nothing, where each system has
+    another.
 
     Args:
         work: what both do; ``compute`` must be given, and prompts must be text.
         trl: TRL's side.
         rounds: how often each runs; they take turns.
-        report: is told of every run.
+        gflops: the machine's peak by type of the products.
+        report: is told of every run, and of those that do not count.
 
     Raises:
         ValueError: the work cannot be given to TRL.
@@ -61,6 +66,7 @@ def versus_trl(
     questions = work.questions((work.steps + work.warmup) * work.prompts)
     task = {**asdict(work), "device": device_of(work), "questions": questions}
     task |= {"model": load(work.model).folder, "trl_micro_batch": trl.micro_batch}
+    task["gflops"] = gflops
     task["trl_weights"] = work.compute if trl.weights == "compute" else trl.weights
     script = str(files("gruppo.bench").joinpath("trl_child.py"))
     commands = {"trl": [trl.python, script], "gruppo": [sys.executable, "-m", _OURS]}
@@ -69,12 +75,14 @@ def versus_trl(
         for name, command in commands.items():
             with watching() as others:
                 outcome = _run(command, task)
-            # the child's own time is not ours: what is left over is that of third processes
             outcome["round"] = number
-            outcome["busy_cpus"] = others.share
+            outcome["busy_cpus"] = others.share  # not those of the run itself
             found[name].append(outcome)
             report(f"round {number + 1}, {name}: {outcome['seconds']['step']:.1f} s a step")
-    return {"runs": found, **_compare(found)}
+    quiet, dropped, said = _undisturbed(found)
+    if said:
+        report(said)
+    return {"runs": found, "dropped": dropped, **_compare(quiet)}
 
 
 def _run(command: list[str], task: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +95,26 @@ def _run(command: list[str], task: dict[str, Any]) -> dict[str, Any]:
         if ran.returncode:
             raise OSError(f"{' '.join(command)} failed:\n{ran.stderr[-2000:]}")
         return json.loads(told.read_text(encoding="utf-8"))
+
+
+def _undisturbed(
+    found: dict[str, list[dict[str, Any]]],
+) -> tuple[dict[str, list[dict[str, Any]]], list[str], str]:
+    """The runs that count, the names of the others, and what is to be said of these."""
+    quiet = {n: [run for run in runs if run["busy_cpus"] <= QUIET] for n, runs in found.items()}
+    loud = [
+        f"{name} in round {run['round'] + 1}"
+        for name, runs in found.items()
+        for run in runs
+        if run["busy_cpus"] > QUIET
+    ]
+    if not loud:
+        return quiet, [], ""
+    disturbed = f"other processes used more than {QUIET} CPUs during {', '.join(loud)}"
+    alone = [name for name, runs in quiet.items() if not runs]
+    if alone:
+        return found, [], f"{disturbed}: no other run of {' and '.join(alone)}, so all count"
+    return quiet, loud, f"{disturbed}: not counted"
 
 
 def _compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def run(
     found: dict[str, Any] = {"machine": asdict(here)}
     if trl is not None:
         say = lambda text: console.print(text, highlight=False)  # noqa: E731
-        compared = versus_trl(work, trl=trl, rounds=rounds, report=say)
+        compared = versus_trl(work, trl=trl, rounds=rounds, gflops=here.gflops, report=say)
         console.print(_compared(compared))
         found["versus_trl"] = compared
     else:

@@ -6,7 +6,8 @@ every tensor that autograd saves is counted once, so the number is right for any
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from gruppo.model.adapter import Lora, attach
 from gruppo.model.attention import NAME
 from gruppo.model.decoder_pass import copied_bytes, find_pass, kept_bytes
 from gruppo.model.head import logit_rule
-from gruppo.model.logprob import packed_states
+from gruppo.model.logprob import packed_states, pad, padded_states
 from gruppo.model.packing import Packing, pack
 from gruppo.model.parts import causal, embedding, text_config
 from gruppo.model.products import Products
@@ -31,7 +32,7 @@ from gruppo.native import kernels
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes of a model and of one packed forward and backward pass.
+    """Bytes of a model and of one forward and backward pass.
 
     ``weights`` counts tied ones once, ``trainable`` those that get a gradient, ``largest`` the
     largest trainable matrix. ``linears`` are the matrices of linear layers (the head too, tied or
@@ -55,7 +56,7 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """One packed row: prompts of these lengths, each with completions of these."""
+    """One pass: prompts of these lengths, each with completions of these."""
 
     prompts: Sequence[int]
     completions: Sequence[Sequence[int]]
@@ -71,7 +72,14 @@ class Shape:
         return sum(map(sum, self.completions))
 
     def packed(self) -> Packing:
-        """Its layout. Every prompt differs in its first token: equal neighbours would be one."""
+        """One row. Every prompt differs in its first token: equal neighbours would be one."""
+        return pack(*self._rows())
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """A row for every completion, its prompt before it: see ``logprob.pad``."""
+        return pad(*self._rows())
+
+    def _rows(self) -> tuple[list[tuple[int, ...]], Tensor, list[int]]:
         rows = [
             (number, *range(1, length))
             for number, (length, group) in enumerate(
@@ -80,7 +88,7 @@ class Shape:
             for _ in group
         ]
         counts = [length for group in self.completions for length in group]
-        return pack(rows, torch.zeros(len(rows), max(counts), dtype=torch.long), counts)
+        return rows, torch.zeros(len(rows), max(counts), dtype=torch.long), counts
 
 
 def footprint(  # noqa: PLR0913 - a model, and what decides how it is computed
@@ -93,11 +101,13 @@ def footprint(  # noqa: PLR0913 - a model, and what decides how it is computed
     gradient_checkpointing: bool = False,
     thrift: bool = True,
     products: Products = "torch",
+    packed: bool = True,
 ) -> Footprint:
     """Count for a forward of ``shape`` through the model ``name``.
 
     ``thrift``: as on a CPU, where ``thrift.py`` makes tensors again, and ``decoder_pass.py`` keeps
-    what it needs alone; ``products`` are those of that pass.
+    what it needs alone; ``products`` are those of that pass. Without ``packed`` every completion
+    goes forward behind its own prompt, by the model's own modules.
 
     Raises:
         ValueError, OSError: the model's configuration cannot be had.
@@ -106,34 +116,53 @@ def footprint(  # noqa: PLR0913 - a model, and what decides how it is computed
         config = AutoConfig.from_pretrained(
             locate(name), revision=revision, trust_remote_code=False
         )
-    packing = shape.packed()
-    mixed = compute == torch.bfloat16
-    saved: dict[int, int] = {}
     with torch.device("meta"), quiet():
         model = _skeleton(config, lora, compute, gradient_checkpointing)
-    decoder = find_pass(model, device="meta") if thrift else None
+    decoder = find_pass(model, device="meta") if thrift and packed else None
     if decoder is not None:
         known = {id(p): p for p in model.parameters()}
         width = _head_width(text_config(model))
-        kept = kept_bytes(decoder, packing, dtype=compute, head_width=width)
+        kept = kept_bytes(decoder, shape.packed(), dtype=compute, head_width=width)
         copies = copied_bytes(decoder, dtype=compute, products=products)
         return _count(model, known, compute, saved=kept, copies=copies, thrift=thrift)
+    given = (shape.packed(),) if packed else shape.padded()  # here: real numbers, no fake ones
+    states = packed_states if packed else padded_states
     with FakeTensorMode(allow_non_fake_inputs=True):
         _pretend(model)
         weights = {_key(p): p for p in model.parameters()}
+        half = torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
+        with half, _one_sequence_a_row():
+            saved = _saved(lambda: states(model, *given), set(weights), thrift=thrift)
+    return _count(model, weights, compute, saved=saved, copies=0, thrift=thrift)
 
-        def keep(tensor: Tensor) -> Tensor:
-            if _key(tensor) not in weights and not (thrift and remade(tensor)):
-                saved[_key(tensor)] = tensor.untyped_storage().nbytes()
-            return tensor
 
-        with (
-            saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed),
-        ):
-            states = packed_states(model, packing)
-        del states
-    return _count(model, weights, compute, saved=sum(saved.values()), copies=0, thrift=thrift)
+@contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """Transformers reads positions to see whether a row holds several; fake ones cannot be read.
+
+    Rows that it would ask about hold one: as it finds in a real pass, which needs no mask then.
+    """
+    real = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = real
+
+
+def _saved(work: Callable[[], Tensor], weights: set[int], *, thrift: bool) -> int:
+    """Bytes that autograd keeps of ``work``, weights apart."""
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _key(tensor) not in weights and not (thrift and remade(tensor)):
+            saved[_key(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        made = work()  # alive: storages that are freed give their keys to others
+    del made
+    return sum(saved.values())
 
 
 def _skeleton(

@@ -139,6 +139,15 @@ def _plain_states(
 ) -> Float[Tensor, "N D"]:
     """Hidden states that predict the completion tokens, from rows padded on the right."""
     device = device_of(model)
+    ids, source = pad(prompts, tokens, counts)
+    with _thrifty(device):
+        return padded_states(model, ids.to(device), source.to(device))
+
+
+def pad(
+    prompts: Sequence[Sequence[int]], tokens: Int[Tensor, "B T"], counts: Sequence[int]
+) -> tuple[Int[Tensor, "B L"], Int[Tensor, "M"]]:
+    """Rows padded on the right, and the places, row by row, that predict completion tokens."""
     rows = [
         [*prompt, *tokens[row, : max(count - 1, 0)].tolist()] or [0]
         for row, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
@@ -147,10 +156,15 @@ def _plain_states(
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
     first = torch.tensor([row * longest + len(p) - 1 for row, p in enumerate(prompts)])
     steps = torch.arange(tokens.shape[1])
-    source = (first[:, None] + steps)[steps < torch.tensor(counts)[:, None]]
-    with _thrifty(device):
-        output = body(model)(input_ids=ids.to(device), use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)[source.to(device)]
+    return ids, (first[:, None] + steps)[steps < torch.tensor(counts)[:, None]]
+
+
+def padded_states(
+    model: nn.Module, ids: Int[Tensor, "B L"], source: Int[Tensor, "M"]
+) -> Float[Tensor, "M D"]:
+    """Hidden states at ``source`` of padded rows."""
+    output = body(model)(input_ids=ids, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)[source]
 
 
 def _packed_states(

@@ -12,9 +12,11 @@
 #include <limits>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "numbers.h"
+#include "room.h"
 #include "vectors.h"
 
 namespace {
@@ -205,7 +207,18 @@ int64_t start_of_own(const Shape& s, const Tensors<T>& t, int64_t row, int64_t h
 template <typename T>
 struct Together {
   std::vector<typename Parts<T>::Lane> queries;
-  std::vector<float> scores, top, total, mixed;
+  std::vector<float> scores, top, total, mixed, own;
+
+  // Room for so many queries of so many keys of the prompt, and of so many own keys.
+  Together(const Shape& s, int64_t used, int64_t length, int64_t own_length) {
+    const int64_t lanes = rounded_up(used, kLanes);
+    queries.reserve(s.width / Parts<T>::kDeep * lanes);
+    scores.reserve(rounded_up(length, kTogether) * lanes);
+    top.reserve(lanes);
+    total.reserve(lanes);
+    mixed.reserve(used * s.width);
+    own.reserve(s.repeats * rounded_up(own_length, kLanes));
+  }
 
   void attend(const Shape& s, const Tensors<T>& t, const int64_t* rows, int64_t count,
               int64_t head, const T* next) {
@@ -320,15 +333,34 @@ std::vector<Chunk> chunks_of(const Shape& s, const Tensors<T>& t, std::vector<in
   return chunks;
 }
 
+// What each thread computes in: room for the largest chunk and the longest prompt and completion.
+template <typename T>
+std::vector<Together<T>> rooms_for(const Shape& s, const Tensors<T>& t,
+                                   const std::vector<Chunk>& chunks) {
+  int64_t rows = 0, prompt = 0, own = 0;
+  for (const Chunk& chunk : chunks) rows = std::max(rows, chunk.to - chunk.from);
+  for (int64_t n = 0; n < s.rows; ++n) {
+    const int64_t length = t.prompt_length[n], drawn = t.own_length[n] + 1;
+    const Keys shared = seen_of_prompt(s, length, drawn), alone = seen_of_own(s, drawn);
+    prompt = std::max(prompt, shared.to - shared.from);
+    own = std::max(own, alone.to - alone.from);
+  }
+  std::vector<Together<T>> rooms;
+  rooms.reserve(omp_get_max_threads());
+  for (int thread = 0; thread < omp_get_max_threads(); ++thread)
+    rooms.emplace_back(s, rows * s.repeats, prompt, own);
+  return rooms;
+}
+
 template <typename T>
 void decode(const Shape& s, const Tensors<T>& t) {
   std::vector<int64_t> rows(s.rows);
   const std::vector<Chunk> chunks = chunks_of(s, t, rows);
   const int64_t of_head = s.repeats * s.width;
+  std::vector<Together<T>> rooms = rooms_for(s, t, chunks);
 #pragma omp parallel
   {
-    Together<T> together;
-    std::vector<float> scratch;
+    Together<T> together = std::move(rooms[omp_get_thread_num()]);
 #pragma omp for collapse(2) schedule(dynamic)
     for (size_t c = 0; c < chunks.size(); ++c) {
       for (int64_t h = 0; h < s.key_heads; ++h) {
@@ -339,7 +371,7 @@ void decode(const Shape& s, const Tensors<T>& t) {
           const Keys keys = seen_of_own(s, t.own_length[*row] + 1);
           attend_own(s, t.query + at, t.own_keys + own, t.own_values + own, keys.to - keys.from,
                      together.top.data() + lane, together.total.data() + lane,
-                     together.mixed.data() + lane * s.width, t.out + at, scratch,
+                     together.mixed.data() + lane * s.width, t.out + at, together.own,
                      t.own_keys + start_of_own(s, t, row < last ? row[1] : *row, h));
         }
       }
@@ -352,16 +384,18 @@ void decode(const Shape& s, const Tensors<T>& t) {
 // Tensors are contiguous: query and out [N, K * R, D], prompt keys and values [P, K, W, D], own
 // ones [S, K, C, D]; place, prompt_length and own_length [N] are int64. own_length does not count
 // the token being computed, whose key and value are in the buffer already. D is even.
+// Returns -1 where there is not memory enough.
 #define DECODE(NAME, T)                                                                           \
-  extern "C" void NAME(int64_t rows, int64_t key_heads, int64_t repeats, int64_t width,           \
+  extern "C" int64_t NAME(int64_t rows, int64_t key_heads, int64_t repeats, int64_t width,        \
                        int64_t prompt_columns, int64_t own_columns, int64_t window, float scaling, \
                        const T* query, const T* prompt_keys, const T* prompt_values,              \
                        const T* own_keys, const T* own_values, const int64_t* place,              \
-                       const int64_t* prompt_length, const int64_t* own_length, T* out) {         \
+                       const int64_t* prompt_length, const int64_t* own_length, T* out) try {     \
     decode<T>({rows, key_heads, repeats, width, prompt_columns, own_columns, window, scaling},    \
               {query, prompt_keys, prompt_values, own_keys, own_values, place, prompt_length,     \
                own_length, out});                                                                 \
-  }
+    return 0;                                                                                     \
+  } OR_NO_MEMORY
 
 DECODE(decode_attention_float32, float)
 DECODE(decode_attention_bfloat16, uint16_t)

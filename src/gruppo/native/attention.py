@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -50,7 +52,7 @@ def decode_attention(  # noqa: PLR0913 - eight tensors, each one thing
     assert all(tensor.dtype == query.dtype for tensor in floats), "one type of numbers"
     assert all(tensor.dtype == torch.int64 for tensor in indices), "indices are int64"
     assert width % 2 == 0, "halves of a head are rotated"
-    kernel(_NAMES[query.dtype], "iiiiiiifppppppppp")(
+    kernel(_NAMES[query.dtype], "iiiiiiifppppppppp", ctypes.c_int64)(
         *(rows, key_heads, heads // key_heads, width),
         *(prompt_keys.shape[2], own_keys.shape[2], window or 0, scaling),
         *(tensor.data_ptr() for tensor in tensors),

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -65,7 +65,10 @@ def kernel(name: str, kinds: str, result: type[ctypes.c_int64] | None = None) ->
     Args:
         name: of the function.
         kinds: of its arguments, a letter each: p(ointer), i(nteger), f(loat), d(ouble).
-        result: what it returns.
+        result: what it returns; less than 0 says that it found not memory enough for its work.
+
+    Raises:
+        MemoryError: when called, in that case.
     """
     compiled = kernels()
     assert compiled is not None, "asked before whether there are kernels"
@@ -73,7 +76,17 @@ def kernel(name: str, kinds: str, result: type[ctypes.c_int64] | None = None) ->
     # declared once, because converting every argument of every call takes longer than some kernels
     found.argtypes = [_KINDS[kind] for kind in kinds]
     found.restype = result
+    if result is not None:
+        found.errcheck = _enough  # pyrefly: ignore[bad-assignment]
     return found
+
+
+def _enough(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
+    """``result``, if there was memory enough (ctypes asks)."""
+    del arguments
+    if result < 0:
+        raise MemoryError(f"{function.__name__}: not enough memory for what it computes in")
+    return result
 
 
 def _compiled() -> Path:

@@ -6,11 +6,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "numbers.h"
+#include "room.h"
 
 namespace {
+
+constexpr int64_t kApart = 16;  // numbers between two threads' room: no line of memory is shared
 
 template <typename T>
 float scale_to_unit(const T* x, int64_t width, float epsilon) {
@@ -88,19 +90,20 @@ void rotate_and_keep(const Heads& s, const T* packed, const float* cosine, const
                      const float* query_weight, const float* key_weight, float query_epsilon,
                      float key_epsilon, const int64_t* own_length, T* query, T* own_keys,
                      T* own_values) {
-  std::vector<float> normed(s.width);
-#pragma omp parallel for schedule(static) firstprivate(normed)
+  const Room<float> rooms(query_weight || key_weight ? s.width + kApart : 0);
+#pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < s.rows; ++n) {
+    float* normed = rooms.own();
     const T* from = packed + n * (s.heads + 2 * s.key_heads) * s.width;
     const float* c = cosine + n * s.width;
     const float* d = sine + n * s.width;
     T* to = query + n * s.heads * s.width;
     for (int64_t h = 0; h < s.heads; ++h, from += s.width, to += s.width)
-      norm_and_rotate(from, s.width, c, d, query_weight, query_epsilon, normed.data(), to);
+      norm_and_rotate(from, s.width, c, d, query_weight, query_epsilon, normed, to);
     const T* value = from + s.key_heads * s.width;
     for (int64_t h = 0; h < s.key_heads; ++h, from += s.width, value += s.width) {
       const int64_t at = ((n * s.key_heads + h) * s.own_columns + own_length[n]) * s.width;
-      norm_and_rotate(from, s.width, c, d, key_weight, key_epsilon, normed.data(), own_keys + at);
+      norm_and_rotate(from, s.width, c, d, key_weight, key_epsilon, normed, own_keys + at);
       std::copy(value, value + s.width, own_values + at);
     }
   }
@@ -130,17 +133,19 @@ SWIGLU(swiglu_float32, float)
 SWIGLU(swiglu_bfloat16, uint16_t)
 
 // packed [N, (H + 2 K) D]; cosine and sine [N, D]; weights [D] or null; query [N, H, D]; own keys
-// and values [S, K, C, D], written at column own_length [N].
+// and values [S, K, C, D], written at column own_length [N]. Returns -1 where there is not memory
+// enough.
 #define ROTATE(NAME, T)                                                                          \
-  extern "C" void NAME(int64_t rows, int64_t heads, int64_t key_heads, int64_t width,            \
-                       int64_t own_columns, float query_epsilon, float key_epsilon,              \
-                       const T* packed, const float* cosine, const float* sine,                  \
-                       const float* query_weight, const float* key_weight,                       \
-                       const int64_t* own_length, T* query, T* own_keys, T* own_values) {        \
+  extern "C" int64_t NAME(int64_t rows, int64_t heads, int64_t key_heads, int64_t width,         \
+                          int64_t own_columns, float query_epsilon, float key_epsilon,           \
+                          const T* packed, const float* cosine, const float* sine,               \
+                          const float* query_weight, const float* key_weight,                    \
+                          const int64_t* own_length, T* query, T* own_keys, T* own_values) try { \
     rotate_and_keep<T>(Heads{rows, heads, key_heads, width, own_columns}, packed, cosine, sine,  \
                        query_weight, key_weight, query_epsilon, key_epsilon, own_length, query,  \
                        own_keys, own_values);                                                    \
-  }
+    return 0;                                                                                    \
+  } OR_NO_MEMORY
 
 ROTATE(rotate_float32, float)
 ROTATE(rotate_bfloat16, uint16_t)

@@ -6,6 +6,8 @@ both). No weights of matrices, no attention.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -87,7 +89,7 @@ def rotate_and_keep(
     assert cosine.dtype == sine.dtype == torch.float32
     assert own_length.dtype == torch.int64, "indices are int64"
     assert cosine.shape == sine.shape == (rows, width)
-    kernel(f"rotate_{TYPES[packed.dtype]}", "iiiiiffppppppppp")(
+    kernel(f"rotate_{TYPES[packed.dtype]}", "iiiiiffppppppppp", ctypes.c_int64)(
         *(rows, heads, key_heads, width, columns, query_epsilon, key_epsilon),
         *(packed.data_ptr(), cosine.data_ptr(), sine.data_ptr()),
         *(None if weight is None else weight.data_ptr() for weight in (query_weight, key_weight)),

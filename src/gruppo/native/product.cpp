@@ -10,10 +10,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
 #include "numbers.h"
+#include "room.h"
 #include "vectors.h"
 
 namespace {
@@ -51,6 +53,7 @@ template <typename S>
 std::vector<const S*> rows_of(int64_t count, const S* const* parts, const int64_t* sizes,
                               int64_t stride) {
   std::vector<const S*> rows;
+  rows.reserve(std::accumulate(sizes, sizes + count, int64_t{0}));
   for (int64_t part = 0; part < count; ++part)
     for (int64_t i = 0; i < sizes[part]; ++i) rows.push_back(parts[part] + i * stride);
   return rows;
@@ -251,22 +254,19 @@ void multiply_transposed(int64_t inner, int64_t rows, int64_t stride, const T* l
   const int64_t downs = panels_of(rows), panels = panels_of(result.columns);
   if (!downs || !panels) return;
   const int64_t shares = std::clamp<int64_t>(4 * omp_get_max_threads() / downs, 1, panels);
-#pragma omp parallel
-  {
-    std::vector<T> cut(size);
-#pragma omp for schedule(static) collapse(2)
-    for (int64_t down = 0; down < downs; ++down)
-      for (int64_t share = 0; share < shares; ++share) {
-        const int64_t row = down * kPanel, end = panels * (share + 1) / shares;
-        rows_panel<T, T>(lines, row, rows, cut.data());
-        for (int64_t panel = panels * share / shares; panel < end; ++panel) {
-          const T* from = right + panel * size;
-          chunk<T, float>(std::min<int64_t>(kPanel, rows - row),
-                          {cut.data(), kDeep, kPanel * kDeep}, from, depth, from + size,
-                          panel * kPanel, result.below(row));
-        }
+  const Room<T> cuts(size);
+#pragma omp parallel for schedule(static) collapse(2)
+  for (int64_t down = 0; down < downs; ++down)
+    for (int64_t share = 0; share < shares; ++share) {
+      T* cut = cuts.own();
+      const int64_t row = down * kPanel, end = panels * (share + 1) / shares;
+      rows_panel<T, T>(lines, row, rows, cut);
+      for (int64_t panel = panels * share / shares; panel < end; ++panel) {
+        const T* from = right + panel * size;
+        chunk<T, float>(std::min<int64_t>(kPanel, rows - row), {cut, kDeep, kPanel * kDeep}, from,
+                        depth, from + size, panel * kPanel, result.below(row));
       }
-  }
+    }
 }
 
 }  // namespace
@@ -277,12 +277,15 @@ void multiply_transposed(int64_t inner, int64_t rows, int64_t stride, const T* l
     return panels_of(columns) * depth_of<T>(inner) * kPanel * Parts<T>::kDeep; \
   }
 
+// Functions that need memory of their own return -1 where there is not enough, else 0.
+//
 // `count` matrices below each other: part k has sizes[k] rows of `width`, `stride` numbers apart.
-#define CUT(NAME, WAY, S, T)                                                                 \
-  extern "C" void NAME(int64_t count, const S* const* parts, const int64_t* sizes,           \
-                       int64_t stride, int64_t width, T* out) {                              \
-    WAY<S, T>(count, parts, sizes, stride, width, out);                                      \
-  }
+#define CUT(NAME, WAY, S, T)                                                                  \
+  extern "C" int64_t NAME(int64_t count, const S* const* parts, const int64_t* sizes,         \
+                          int64_t stride, int64_t width, T* out) try {                        \
+    WAY<S, T>(count, parts, sizes, stride, width, out);                                       \
+    return 0;                                                                                 \
+  } OR_NO_MEMORY
 
 // left [N, I], rows `stride` numbers apart; right are panels of [I, O]; bias [O] or null; out [N, O],
 // rows `out_stride` apart. If `adds`, the result is added to out.
@@ -296,12 +299,13 @@ void multiply_transposed(int64_t inner, int64_t rows, int64_t stride, const T* l
 
 // left [I, N], rows `stride` numbers apart; right are panels of [I, O]; out [N, O], in float.
 #define MULTIPLY_TRANSPOSED(NAME, T)                                                          \
-  extern "C" void NAME(int64_t inner, int64_t rows, int64_t columns, int64_t stride,          \
-                       int64_t out_stride, int64_t adds, const T* left, const T* right,       \
-                       float* out) {                                                          \
+  extern "C" int64_t NAME(int64_t inner, int64_t rows, int64_t columns, int64_t stride,       \
+                          int64_t out_stride, int64_t adds, const T* left, const T* right,    \
+                          float* out) try {                                                   \
     multiply_transposed<T>(inner, rows, stride, left, right,                                  \
                            Result<float>{out, out_stride, columns, nullptr, adds != 0});      \
-  }
+    return 0;                                                                                 \
+  } OR_NO_MEMORY
 
 PANELS(panels_float32, float)
 CUT(cut_columns_float32_float32, cut_columns, float, float)

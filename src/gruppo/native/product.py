@@ -119,7 +119,7 @@ def _multiply_transposed(
     inner, rows = left.shape
     out = left.new_empty(rows, right.columns, dtype=torch.float32) if total is None else total
     assert _is_sum(out, rows, right)
-    kernel(f"multiply_transposed_{TYPES[left.dtype]}", "iiiiiippp")(
+    kernel(f"multiply_transposed_{TYPES[left.dtype]}", "iiiiiippp", ctypes.c_int64)(
         *(inner, rows, right.columns, left.stride(0), out.stride(0), total is not None),
         *(left.data_ptr(), right.data.data_ptr(), out.data_ptr()),
     )
@@ -141,7 +141,7 @@ def _cut(way: str, matrices: Sequence[Tensor], dtype: torch.dtype) -> Panels:
     inner, columns = (width, sum(heights)) if way == "columns" else (sum(heights), width)
     count = kernel(f"panels_{TYPES[dtype]}", "ii", ctypes.c_int64)(inner, columns)
     data = plain[0].new_empty(count, dtype=dtype)
-    kernel(f"cut_{way}_{TYPES[kind]}_{TYPES[dtype]}", "ippiip")(
+    kernel(f"cut_{way}_{TYPES[kind]}_{TYPES[dtype]}", "ippiip", ctypes.c_int64)(
         len(plain),
         (ctypes.c_void_p * len(plain))(*(matrix.data_ptr() for matrix in plain)),
         (ctypes.c_int64 * len(plain))(*heights),

@@ -8,9 +8,11 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "numbers.h"
+#include "room.h"
 
 namespace {
 
@@ -27,6 +29,14 @@ struct Rule {
 struct Scratch {
   std::vector<float> mass, ranked;
   std::vector<double> edges;
+
+  // Nothing is allocated after this.
+  void reserve(int64_t width, const Rule& rule) {
+    if (rule.temperature == 0) return;
+    mass.reserve(width);
+    edges.reserve((width + kBlock - 1) / kBlock);
+    if (rule.top_k || rule.top_p < 1) ranked.reserve(width);
+  }
 };
 
 // The largest logit, -1 in `at` if none can be drawn: NaN or +inf among them, or -inf alone.
@@ -136,9 +146,11 @@ template <typename T>
 int64_t sample(int64_t rows, int64_t width, const Rule& rule, const T* logits,
                const double* uniform, int64_t* token, float* logp) {
   int64_t broken = 0;
+  std::vector<Scratch> rooms(omp_get_max_threads());
+  for (Scratch& room : rooms) room.reserve(width, rule);
 #pragma omp parallel reduction(+ : broken)
   {
-    Scratch scratch;
+    Scratch scratch = std::move(rooms[omp_get_thread_num()]);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < rows; ++n)
       broken += !draw(logits + n * width, width, uniform[n], rule, scratch, token + n, logp + n);
@@ -148,14 +160,15 @@ int64_t sample(int64_t rows, int64_t width, const Rule& rule, const T* logits,
 
 }  // namespace
 
-// Tensors are contiguous: logits [N, V], uniform, token and logp [N].
+// Tensors are contiguous: logits [N, V], uniform, token and logp [N]. Returns how many rows hold
+// numbers from which nothing can be drawn; -1 where there is not memory enough.
 #define SAMPLE(NAME, T)                                                                          \
   extern "C" int64_t NAME(int64_t rows, int64_t width, float temperature, int64_t top_k,         \
                           double top_p, float min_p, const T* logits, const double* uniform,     \
-                          int64_t* token, float* logp) {                                         \
+                          int64_t* token, float* logp) try {                                     \
     return sample<T>(rows, width, Rule{temperature, top_k, top_p, min_p}, logits, uniform,       \
                      token, logp);                                                               \
-  }
+  } OR_NO_MEMORY
 
 SAMPLE(sample_float32, float)
 SAMPLE(sample_bfloat16, uint16_t)

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "numbers.h"
+#include "room.h"
 #include "vectors.h"
 
 namespace {
@@ -195,17 +196,6 @@ void multiply(Row row, int64_t count, const typename Parts<T>::Lane* right, int6
       }
     }
 }
-
-// What the threads compute in, one beside the other.
-template <typename N>
-class Room {
-  std::unique_ptr<N[]> numbers_;
-  int64_t size_;
-
- public:
-  explicit Room(int64_t size) : numbers_(new N[size * omp_get_max_threads()]), size_(size) {}
-  N* own() const { return numbers_.get() + size_ * omp_get_thread_num(); }
-};
 
 template <typename T>
 Rows<T> queries(const Sizes& sizes, const T* from) {  // [K, N, R, D]

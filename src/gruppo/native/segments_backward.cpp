@@ -284,9 +284,7 @@ class Backward {
     const Backward<T> backward(sizes, segments, given);                                            \
     backward.run();                                                                                \
     return 0;                                                                                      \
-  } catch (const std::bad_alloc&) {                                                                \
-    return 1;                                                                                      \
-  }
+  } OR_NO_MEMORY
 
 BACKWARD(float32, float)
 BACKWARD(bfloat16, uint16_t)

@@ -136,7 +136,7 @@ class Forward {
 }  // namespace
 
 // query [K, N, R, D]; key and value [K, N, D]; out [N, K, R, D]; lse [K, N, R]. `count` parts of 5
-// numbers: see segments_of. D is even. Returns 1 where there is not memory enough.
+// numbers: see segments_of. D is even. Returns -1 where there is not memory enough.
 #define FORWARD(NAME, T)                                                                           \
   extern "C" int64_t segments_forward_##NAME(                                                      \
       int64_t heads, int64_t length, int64_t repeats, int64_t width, int64_t count, float scale,   \
@@ -147,9 +147,7 @@ class Forward {
                              keys(sizes, value));                                                  \
     forward.run(out, lse);                                                                         \
     return 0;                                                                                      \
-  } catch (const std::bad_alloc&) {                                                                \
-    return 1;                                                                                      \
-  }
+  } OR_NO_MEMORY
 
 FORWARD(float32, float)
 FORWARD(bfloat16, uint16_t)

@@ -9,10 +9,7 @@
 #include <vector>
 
 #include "numbers.h"
-
-// not omp.h, which not every compiler that can do this has beside it
-extern "C" int omp_get_max_threads();
-extern "C" int omp_get_thread_num();
+#include "room.h"
 
 namespace {
 
@@ -162,20 +159,21 @@ void add(int64_t count, float* total, const T* part) {
 // total_narrow and again [N, E]; scale [N]; weight and weight_grad [E]. gate_up and gradient
 // [N, 2 I]. packed [N, K (R + 2) D]; query [K, N, R, D]; key and value [K, N, D]; cosine and sine
 // [N, D].
-// total and part of `add` [count].
+// total and part of `add` [count]. `norm_backward` returns -1 where there is not memory enough.
 #define TRAINING(NAME, T)                                                                         \
   extern "C" void norm_forward_##NAME(int64_t rows, int64_t width, float epsilon,                 \
                                       const float* hidden, const T* update, const float* weight,  \
                                       float* sum, T* out, float* scale) {                         \
     norm_forward<T>(rows, width, epsilon, hidden, update, weight, sum, out, scale);               \
   }                                                                                               \
-  extern "C" void norm_backward_##NAME(int64_t rows, int64_t width, const float* x,               \
-                                       const float* weight, const float* scale, const T* grad,    \
-                                       const float* carry, float* total, T* total_narrow,         \
-                                       T* again, float* weight_grad) {                            \
+  extern "C" int64_t norm_backward_##NAME(int64_t rows, int64_t width, const float* x,            \
+                                          const float* weight, const float* scale, const T* grad, \
+                                          const float* carry, float* total, T* total_narrow,      \
+                                          T* again, float* weight_grad) try {                     \
     norm_backward<T>(rows, width, x, weight, scale, grad, carry, total, total_narrow, again,      \
                      weight_grad);                                                                \
-  }                                                                                               \
+    return 0;                                                                                     \
+  } OR_NO_MEMORY                                                                                  \
   extern "C" void swiglu_backward_##NAME(int64_t rows, int64_t width, const T* gate_up,           \
                                          const T* grad, T* gradient, T* again) {                  \
     swiglu_backward<T>(rows, width, gate_up, grad, gradient, again);                              \

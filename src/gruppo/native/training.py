@@ -8,6 +8,7 @@ query heads to each of ``K`` key heads. Each has its equal in plain torch in the
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -71,7 +72,7 @@ def norm_backward(
     assert grad.shape == carry.shape == hidden.shape
     given = [hidden, weight, scale, grad, carry, total, narrow, again, weight_grad]
     _check(given, wide=(hidden, weight, scale, carry), narrow=(grad,), dtype=grad.dtype)
-    _call("norm_backward", grad.dtype, "ii", (rows, width), given)
+    _call("norm_backward", grad.dtype, "ii", (rows, width), given, result=ctypes.c_int64)
     return total, narrow, again, weight_grad
 
 
@@ -168,6 +169,7 @@ def _call(
     kinds: str,
     numbers: tuple[int | float, ...],
     tensors: Sequence[Tensor | None],
+    result: type[ctypes.c_int64] | None = None,
 ) -> None:
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    kernel(f"{name}_{TYPES[dtype]}", kinds + "p" * len(tensors))(*numbers, *pointers)
+    kernel(f"{name}_{TYPES[dtype]}", kinds + "p" * len(tensors), result)(*numbers, *pointers)

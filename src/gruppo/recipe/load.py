@@ -11,8 +11,8 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from gruppo.recipe.check import check_section
-from gruppo.recipe.fields import hints
-from gruppo.recipe.mistakes import Mistake, RecipeError, did_you_mean, mistake
+from gruppo.recipe.fields import hints, record_for
+from gruppo.recipe.mistakes import Mistake, RecipeError, did_you_mean, mistake, nearest
 from gruppo.recipe.preset import lay_under
 from gruppo.recipe.recipe import Recipe
 from gruppo.recipe.rules import find_conflicts
@@ -31,7 +31,7 @@ def load(name: str, settings: Iterable[str] = ()) -> Recipe:
 def from_table(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """The recipe of nested tables as TOML gives them. Raises RecipeError, as ``load``."""
     known = hints(Recipe)
-    mistakes = [mistake(n, did_you_mean(n, list(known), "section")) for n in data if n not in known]
+    mistakes = [m for name in data if name not in known for m in _unknown(name, data[name], known)]
     unusable = find_unusable_numbers(data)
     if unusable:
         raise RecipeError([*mistakes, *unusable], source)
@@ -50,6 +50,19 @@ def from_table(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
     if mistakes:
         raise RecipeError(_once(mistakes), source)
     return Recipe(**sections)
+
+
+def _unknown(name: str, table: object, known: Mapping[str, Any]) -> list[Mistake]:
+    """What is wrong with a section that there is not: its name, or that its keys are another's."""
+    keys = table if isinstance(table, dict) and nearest(name, known) is None else {}
+    found = []
+    for section, annotation in known.items():
+        record = record_for(annotation, {})
+        for key in keys if record is not None else ():
+            if key in hints(record):
+                reason = f'unknown section; did you mean "{section}.{key}"?'
+                found.append(mistake(f"{name}.{key}", reason, keys[key]))
+    return found or [mistake(name, did_you_mean(name, list(known), "section"))]
 
 
 def _once(mistakes: Iterable[Mistake]) -> list[Mistake]:

@@ -41,6 +41,28 @@ def select_rows(cache: DynamicCache, index: Int[Tensor, "M"]) -> None:
     cache.reorder_cache(cast(torch.LongTensor, index))
 
 
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes that the layers hold, whatever their kind; a buffer that is seen twice counts once."""
+    held: dict[int, int] = {}
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    held[storage._cdata] = storage.nbytes()
+    return sum(held.values())
+
+
+def plain_columns(prompt: int, tokens: int, *, copied: bool) -> int:
+    """Columns of a row's buffers once it has drawn ``tokens``; the last is never handed over.
+
+    ``copied``: its prompt was computed for other rows too, and copied into wider buffers.
+    """
+    columns = prompt + (_STEP if copied else 0)
+    missing = prompt + tokens - 1 - columns
+    return columns + (_STEP + 1) * -(-max(0, missing) // (_STEP + 1))
+
+
 @final
 class GrowingLayer(CacheLayerMixin):
     """Keys and values of one full-attention layer, in buffers [rows, heads, columns, width].

@@ -257,6 +257,7 @@ class LocalEngine:
         max_rows: int,
     ) -> dict[Row, Drawn]:
         drawn: dict[Row, Drawn] = {}
+        self.peak_cache_bytes = 0
         with generating(model, self._compute_dtype) as dtype:
             waves = Waves(
                 model=model,
@@ -268,7 +269,9 @@ class LocalEngine:
             )
             for rows in plan_waves(requests, limits, max_rows=max_rows):
                 if not self._is_aborted:
-                    drawn |= waves.draw(rows)
+                    found, held = waves.draw(rows)
+                    drawn |= found
+                    self.peak_cache_bytes = max(self.peak_cache_bytes, held)
         return drawn
 
     def _spoken(self, sampling: Sampling) -> Spoken | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from gruppo.engine.local.batch import Prompts, Wave
-from gruppo.engine.local.cache import make_cache, select_rows
+from gruppo.engine.local.cache import cache_bytes, make_cache, select_rows
 from gruppo.engine.local.schedule import Row
 from gruppo.engine.local.shared import Drawn, Spoken
 from gruppo.engine.sampler import sample
@@ -39,8 +39,8 @@ class Waves:
     dtype: torch.dtype | None
     spoken: Spoken | None
 
-    def draw(self, rows: Sequence[Row]) -> dict[Row, Drawn]:
-        """Draw all rows of one wave."""
+    def draw(self, rows: Sequence[Row]) -> tuple[dict[Row, Drawn], int]:
+        """Draw all rows of one wave; what they drew, and the most bytes that its cache took."""
         device = next(self.model.parameters()).device
         prompts = Prompts.of(rows, self.requests, pad_token=self.pad_token, device=device)
         wave = Wave(rows, self.requests, prompts)
@@ -49,6 +49,7 @@ class Waves:
         logits = _forward(self.model, prompts.tokens, prompts.mask, prompts.positions, cache=cache)
         select_rows(cache, prompts.source)
         logits = logits[prompts.source]
+        peak = 0
         while True:
             token, logp = sample(logits, wave.uniforms(), self.sampling)
             wave.write(token, logp)
@@ -57,8 +58,9 @@ class Waves:
                 stopped |= torch.tensor(self.spoken(wave.running()), device=device)
             keep = wave.retire(stopped)
             if keep is not None:
+                peak = max(peak, cache_bytes(cache))  # it grows until rows leave
                 if len(keep) == 0:
-                    return dict(zip(rows, starmap(_drawn, wave.results()), strict=True))
+                    return dict(zip(rows, starmap(_drawn, wave.results()), strict=True)), peak
                 select_rows(cache, keep)
                 token = token[keep]
             logits = _forward(
