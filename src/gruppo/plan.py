@@ -52,7 +52,8 @@ class MemoryPlan:
 
     ``process`` is Python with its libraries (on a CUDA device 0: the plan is the device's).
     ``held`` are the gradients that are there when activations are most: all of them, or, where one
-    forward pass is all that an optimizer step needs, the head's, which comes first.
+    forward pass is all that an optimizer step needs, the head's, which comes first. ``copies`` are
+    those of weights that products have until the step is done.
     ``kept`` is what the engine holds between its calls: keys, values and 16-bit weights, on CUDA.
     ``judges`` are the weights of reward models on the policy's device, ``judging`` the largest of
     their batches.
@@ -65,6 +66,7 @@ class MemoryPlan:
     moments: int
     reference: int
     activations: int
+    copies: int
     head: int
     cache: int
     packed: int
@@ -81,8 +83,9 @@ class MemoryPlan:
 
     @property
     def training(self) -> int:
-        """At the end of a forward pass: activations, and the head's logits with their gradient."""
-        return self._lasting + self.kept + self.held + self.activations + self.head
+        """At the end of a forward pass, or of the backward pass: then all gradients are there."""
+        forward = self.held + self.activations + self.head
+        return self._lasting + self.kept + self.copies + max(forward, self.gradients)
 
     @property
     def updating(self) -> int:
@@ -118,7 +121,7 @@ class MemoryPlan:
             "gradients": self.gradients,
             "reference": self.reference,
             "reward models": self.judges,
-            "activations": self.activations + self.head,
+            "activations": self.activations + self.copies + self.head,
             "keys and values": self.cache,
         }
         told = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items() if size)
@@ -173,13 +176,14 @@ def memory(
     packed = found.linears if copied_weights else 0
     judges, judging = _judges(recipe, model.device)
     return MemoryPlan(
-        process=max(_resident(), _OPENED) if model.device == "cpu" else 0,
+        process=process_bytes(recipe),
         weights=found.weights,
         gradients=found.trainable,
         held=_held(found, largest),
         moments=2 * found.trainable,
         reference=found.weights if copied else 0,
-        activations=found.saved + found.copies,
+        activations=found.saved,
+        copies=found.copies,
         head=_head(found, largest.shape.positions, products, cpu=model.device == "cpu"),
         cache=cache,
         packed=packed,
@@ -189,6 +193,11 @@ def memory(
         judges=judges,
         judging=judging,
     )
+
+
+def process_bytes(recipe: Recipe) -> int:
+    """What Python and its libraries take, once a model is open; 0 where a device is planned for."""
+    return max(_resident(), _OPENED) if pin(recipe.model).device == "cpu" else 0
 
 
 def _held(found: Footprint, largest: Pass) -> int:

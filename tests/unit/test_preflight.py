@@ -10,7 +10,7 @@ from gruppo.cli import main
 from gruppo.cli.written import printable
 from gruppo.preflight import machine
 from gruppo.preflight.advice import Facts, advise
-from gruppo.preflight.microbatch import largest_micro_batch
+from gruppo.preflight.microbatch import largest_micro_batches
 from gruppo.preflight.report import Size, group_seconds, histogram, worth
 from gruppo.preflight.statistics import (
     Dead,
@@ -22,6 +22,7 @@ from gruppo.preflight.statistics import (
     wilson,
 )
 from gruppo.preflight.timing import Timing, draws_per_step, skips_dead
+from gruppo.model.footprint import Shape
 from gruppo.recipe import load
 from gruppo.types import Completion, Group, Message, Problem, Score
 from support.commands import arguments
@@ -104,21 +105,37 @@ def test_the_largest_micro_batch_of_groups_that_teach():
 
     def largest(**other):
         ways = {"size": 2, "budget": 20, "steps": 99, "packed": True, "skips": True}
-        found = largest_micro_batch(groups, **{**ways, "resamples": False, **other})
-        return found.shape.prompts, [list(part) for part in found.shape.completions], found.alone
+        found = largest_micro_batches(groups, **{**ways, "resamples": False, **other})
+        assert [each.alone for each in found] == sorted({each.alone for each in found})[::-1]
+        last = found[-1]  # beside others, if there is such a one
+        return last.shape.prompts, [list(part) for part in last.shape.completions], last.alone
 
     assert largest() == ([7], [[3, 5]], False)  # two of the group that teaches, one pass each
+    assert largest(budget=30) == ([7, 7], [[3, 5], [3, 5]], True)
     assert largest(size=1) == ([7], [[3, 5]], True)
     assert largest(size=1, packed=False) == ([7], [[5]], False)
     assert largest(size=1, packed=False, budget=24) == ([7, 7], [[5], [5]], True)  # padded to 12
     assert largest(size=1, skips=False) == ([9], [[9]], False)  # the other row is a pass of its own
     assert largest(size=1, skips=False, budget=26) == ([9], [[8, 9]], True)
     assert largest(resamples=True, budget=30) == ([7, 7], [[3, 5], [3, 5]], True)
+    # where none teaches the largest counts as if it did; a step without it passes the shortest row
     dead = [groups[0], groups[2]]
-    found = largest_micro_batch(
-        dead, size=2, budget=20, steps=9, packed=True, skips=True, resamples=True
-    )
-    assert (found.shape.prompts, found.shape.completions) == ([6], [[2]])  # the shortest row
+    ways = {"size": 1, "steps": 9, "packed": True, "skips": True, "resamples": False}
+    found = largest_micro_batches(dead, budget=26, **ways)
+    assert [each.shape for each in found] == [Shape(prompts=[9], completions=[[8, 9]])]
+    few = largest_micro_batches([groups[1], *[groups[2]] * 40], budget=26, **{**ways, "steps": 1})
+    assert [each.shape for each in few] == [Shape(prompts=[6], completions=[[2]])]
+
+
+def test_the_share_of_dead_groups_that_a_run_will_measure():
+    """Groups of four, pass rates Beta(1, 3): forty tried, forty in the run; 200 times."""
+    draw, hold = np.random.default_rng(8), 0
+    for _ in range(200):
+        hits = draw.binomial(4, draw.beta(1.0, 3.0, size=(2, 40)))
+        rows = [[1.0] * int(hit) + [0.0] * (4 - int(hit)) for hit in hits[0]]
+        dead = float(np.mean((hits[1] == 0) | (hits[1] == 4)))
+        hold += dead in dead_share(rows, 4, future=40).share
+    assert hold >= 183
 
 
 def test_wilson_by_hand():
@@ -238,6 +255,7 @@ def facts(**changes: object) -> Facts:
         "unique": 1.0,
         "scoring_share": 0.01,
         "run_seconds": 100.0,
+        "likely": 2**30,
         "peak": 2**30,
         "available": 8 * 2**30,
         "problems": 1500,
@@ -261,7 +279,11 @@ ALL_DEAD = Interval(0.9, 1.0, 1.0)
         ({"unscored": 0.5}, "unscored", "error", "reward test"),
         ({"unique": 0.3}, "repeated", "warning", "temperature"),
         ({"scoring_share": 0.6}, "reward time", "warning", "workers"),
-        ({"peak": 9 * 2**30}, "memory", "error", "tokens_per_microbatch"),
+        ({"peak": 9 * 2**30}, "memory", "warning", "tokens_per_microbatch"),
+        (
+            {"likely": 9 * 2**30, "peak": 9 * 2**30},
+            *("memory", "error", "tokens_per_microbatch"),
+        ),
         ({"worth": 8, "seconds_per_live": {4: 2.0, 8: 1.0}}, "group_size", "warning", "= 8"),
         ({"problems": 10}, "epochs", "warning", "more data"),
     ],

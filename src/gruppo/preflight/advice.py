@@ -36,7 +36,11 @@ class Advice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """The numbers that rules read."""
+    """The numbers that rules read.
+
+    ``likely`` is the memory of a run like what was drawn, ``peak`` that of one in which every group
+    teaches and no completion ends early.
+    """
 
     pass_rate: Interval | None
     dead: Interval | None
@@ -48,6 +52,7 @@ class Facts:
     unique: float
     scoring_share: float
     run_seconds: float
+    likely: int | None
     peak: int | None
     available: int | None
     problems: int
@@ -179,11 +184,12 @@ def _schedule(recipe: Recipe, facts: Facts) -> Iterator[Advice]:
 def _memory(recipe: Recipe, facts: Facts) -> Iterator[Advice]:
     if facts.peak is None or facts.available is None or facts.peak <= _FULL * facts.available:
         return
+    likely = facts.peak if facts.likely is None else facts.likely
     yield Advice(
-        severity="error" if facts.peak > facts.available else "warning",
+        severity="error" if likely > facts.available else "warning",
         rule="memory",
-        text=f"about {facts.peak / _GIB:.1f} GiB are needed, "
-        f"{facts.available / _GIB:.1f} are there",
+        text=f"about {likely / _GIB:.1f} GiB are needed, {facts.peak / _GIB:.1f} if every group "
+        f"teaches and no completion ends early; {facts.available / _GIB:.1f} are there",
         fix="lower train.tokens_per_microbatch or engine.max_rows, or set "
         "model.gradient_checkpointing = true or [model.lora]",
     )

@@ -1,4 +1,7 @@
-"""The largest micro-batch that a run is expected to see: what its activations are counted for."""
+"""The largest micro-batches of a run like what was drawn: what its activations are counted for.
+
+Rows that an update leaves out one by one (unscored ones, say) are counted as if they were trained.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ from gruppo.model.footprint import Shape
 from gruppo.plan import Pass
 from gruppo.types import Group
 
-_DRAWS: Final = 400  # optimizer steps that are put together from the groups that were drawn
+# Optimizer steps that are put together from the groups that were drawn: more would tell little of
+# the rarest ones, as the groups are a few dozen.
+_DRAWS: Final = 400
 
 
-def largest_micro_batch(
+def largest_micro_batches(
     groups: Sequence[Group],
     *,
     size: int,
@@ -26,10 +31,12 @@ def largest_micro_batch(
     packed: bool,
     skips: bool,
     resamples: bool,
-) -> Pass:
-    """What a run's largest micro-batch would be if its groups were like these.
+) -> list[Pass]:
+    """What a run's largest micro-batches would be if its groups were like these.
 
-    Optimizer steps are put together at random; one in as many as the run has is larger than this.
+    The largest of steps that have no other, and that of steps that have; about one in as many steps
+    as the run has is larger. Where no group would be trained, the largest counts as trained: one
+    will come.
 
     Args:
         groups: what was drawn.
@@ -42,16 +49,26 @@ def largest_micro_batch(
         resamples: whether others are drawn in their place.
     """
     live = np.array([group.is_live("total") for group in groups])
+    if not live.any():
+        live[np.argmax([_size(group) for group in groups])] = True
     draw, found = np.random.default_rng(0), []
-    pool = np.flatnonzero(live) if resamples and live.any() else np.arange(len(groups))
+    pool = np.flatnonzero(live) if resamples else np.arange(len(groups))
     for _ in range(_DRAWS):
         chosen = draw.choice(pool, size)
         used = chosen[live[chosen]] if skips else chosen
         shapes = _shapes([groups[at] for at in used], budget, packed) or [_shortest(groups)]
         found.append(Pass(max(shapes, key=_tokens), alone=len(shapes) == 1))
-    # beside others there are more gradients, which is more than any tokens
-    found.sort(key=lambda each: (not each.alone, _tokens(each.shape)))
-    return found[min(_DRAWS - 1, math.ceil(_DRAWS * steps / (steps + 1)))]
+    kinds = ([each for each in found if each.alone is alone] for alone in (True, False))
+    return [_quantile(kind, steps / (steps + 1)) for kind in kinds if kind]
+
+
+def _quantile(passes: list[Pass], share: float) -> Pass:
+    passes.sort(key=lambda each: _tokens(each.shape))
+    return passes[min(len(passes) - 1, math.ceil(len(passes) * share))]
+
+
+def _size(group: Group) -> int:
+    return len(group.prompt_tokens) + sum(len(c.tokens) for c in group.completions)
 
 
 def _shapes(groups: Sequence[Group], budget: int, packed: bool) -> list[Shape]:
@@ -69,7 +86,7 @@ def _tokens(shape: Shape) -> int:
 
 
 def _shape(rows: Sequence[Extent], packed: bool) -> Shape:
-    """One row of these; what is not packed is as long as the longest, prompt and all."""
+    """One row of these; what is not packed is padded to the longest, and counted as completion."""
     if not packed:
         longest = max(row.prompt + row.completion for row in rows)
         return Shape(
@@ -84,6 +101,8 @@ def _shape(rows: Sequence[Extent], packed: bool) -> Shape:
 
 
 def _shortest(groups: Sequence[Group]) -> Shape:
-    group = min(groups, key=lambda group: min(len(c.tokens) for c in group.completions))
-    length = min(len(completion.tokens) for completion in group.completions)
-    return Shape(prompts=[len(group.prompt_tokens)], completions=[[max(length, 1)]])
+    rows = [
+        (len(c.tokens), len(group.prompt_tokens)) for group in groups for c in group.completions
+    ]
+    length, prompt = min((row for row in rows if row[0]), default=(1, 1))
+    return Shape(prompts=[prompt], completions=[[length]])

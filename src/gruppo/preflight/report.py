@@ -10,13 +10,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Final
 
-from gruppo.plan import MemoryPlan, Pass, memory
+from gruppo.plan import MemoryPlan, Pass, memory, process_bytes
 from gruppo.preflight.advice import Advice, Facts, advise
 from gruppo.preflight.machine import available_bytes
-from gruppo.preflight.microbatch import largest_micro_batch
+from gruppo.preflight.microbatch import largest_micro_batches
 from gruppo.preflight.sampling import Sampled, sample
 from gruppo.preflight.statistics import Dead, Interval, dead_share, mean_interval, wilson
 from gruppo.preflight.timing import Timing, measure_timing, skips_dead
@@ -46,8 +47,8 @@ class Size:
 class Report:
     """What a preflight found. Shares are in [0, 1], times in seconds, sizes in bytes or tokens.
 
-    ``truncation`` and the dead shares of ``sizes`` are what the recipe's run would measure, did its
-    model not learn; ``pass_rate`` and ``no_signal`` are means over all problems. ``memory`` is of a
+    ``truncation`` and the dead shares of ``sizes`` are what as many groups as the recipe's run draws
+    would show, did its model not learn; ``pass_rate`` and ``no_signal`` are means over all problems. ``memory`` is of a
     run whose groups are like those that were drawn, ``memory_full`` of one in which every group
     teaches and no completion ends early.
     """
@@ -93,7 +94,7 @@ def preflight(
     began = time.perf_counter()
     if groups < 1:
         raise ValueError(f"groups = {groups}: must be at least 1")
-    available, process = available_bytes(recipe), _plan(recipe)[0]
+    available, process = available_bytes(recipe), process_bytes(recipe)
     parts = resolve(recipe, report)
     try:
         sampled = sample(
@@ -101,15 +102,10 @@ def preflight(
         )
         timing = measure_timing(parts.recipe, parts, sampled)
         longest = max(len(group.prompt_tokens) for group in sampled.groups)
-        shapes = (_largest(parts, sampled), None)
-        plans = [_plan(parts.recipe, longest, shape) for shape in shapes]
-        unknown = plans[0][1]
-        planned, full = (
-            plan
-            and process
-            and replace(plan, process=process.process)  # before the model was there
-            for plan, _ in plans
-        )
+        plan = partial(_plan, parts.recipe, longest, process)
+        likely = [plan(each) for each in _largest(parts, sampled)]
+        full, unknown = plan(None)
+        planned = max((p for p, _ in likely if p), key=lambda p: p.peak, default=None)
         found = _report(parts, sampled, timing, planned)
         found = replace(found, memory_full=full, memory_unknown=unknown, available=available)
         facts = _facts(parts, sampled, found)
@@ -123,19 +119,23 @@ def preflight(
 
 
 def _plan(
-    recipe: Recipe, prompt_tokens: int | None = None, largest: Pass | None = None
+    recipe: Recipe, prompt_tokens: int, process: int, largest: Pass | None
 ) -> tuple[MemoryPlan | None, str]:
-    """The memory plan, or why there is none (a model whose code needs real tensors, say)."""
+    """The memory plan, or why there is none (a model whose code needs real tensors, say).
+
+    ``process`` is what this one took before the model was there.
+    """
     try:
-        return memory(recipe, prompt_tokens=prompt_tokens, largest=largest), ""
+        found = memory(recipe, prompt_tokens=prompt_tokens, largest=largest)
     except (ValueError, OSError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         return None, str(error)[:200]
+    return replace(found, process=process), ""
 
 
-def _largest(parts: Parts, sampled: Sampled) -> Pass:
-    """The largest micro-batch of a run whose groups are like those that were drawn."""
+def _largest(parts: Parts, sampled: Sampled) -> list[Pass]:
+    """The largest micro-batches of a run whose groups are like those that were drawn."""
     rollout, train = parts.recipe.rollout, parts.recipe.train
-    return largest_micro_batch(
+    return largest_micro_batches(
         sampled.groups,
         size=-(-rollout.prompts_per_step // train.minibatches),
         budget=train.tokens_per_microbatch,
@@ -283,7 +283,9 @@ def _evaluation(recipe: Recipe, parts: Parts, timing: Timing, length: float) -> 
 
 def _facts(parts: Parts, sampled: Sampled, found: Report) -> Facts:
     rows = scored_rewards(sampled.groups)
-    own = dead_share(rows, max(parts.recipe.rollout.group_size, 2))
+    own = dead_share(
+        rows, max(parts.recipe.rollout.group_size, 2), future=_groups_of_run(parts.recipe)
+    )
     by_size: Mapping[int, float] = {s.dead.group: s.seconds_per_live for s in found.sizes}
     tokens = [c.tokens for g in sampled.groups for c in g.completions]
     unique = sum(len({c.tokens for c in g.completions}) for g in sampled.groups)
@@ -298,6 +300,7 @@ def _facts(parts: Parts, sampled: Sampled, found: Report) -> Facts:
         unique=unique / len(tokens),
         scoring_share=found.timing.scoring / max(found.timing.step, 1e-9),
         run_seconds=found.run_seconds,
+        likely=found.memory.peak if found.memory is not None else None,
         peak=found.memory_full.peak if found.memory_full is not None else None,
         available=found.available,
         problems=sum(len(problems) for problems, _ in parts.problems.train),

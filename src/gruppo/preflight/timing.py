@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from gruppo.objective import Objective
+from gruppo.objective import LocalTokenMean, Objective
 from gruppo.policy import Policy
 from gruppo.preflight.sampling import Sampled
 from gruppo.recipe import Recipe
@@ -81,6 +81,7 @@ def skips_dead(recipe: Recipe, objective: Objective) -> bool:
         return True
     whole = objective.kl is not None or objective.entropy is not None
     whole |= objective.select is not None or objective.acts_without_advantage
+    whole |= isinstance(objective.weights, LocalTokenMean)  # they count its tokens
     return recipe.rollout.filter == "skip" and not whole
 
 
