@@ -16,11 +16,14 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import gruppo.reward
-from gruppo.reward import Code
+from gruppo.reward import Code, code
 from gruppo.sandbox import Sandbox, inside
 from gruppo.sandbox.bundle import BOOT
 from gruppo.types import Completion, Problem, Score
@@ -86,14 +89,35 @@ def score(reward: Code, sources: list[str]) -> list[Any]:
 
 
 def timed(reward: Code, sources: list[str]) -> tuple[list[Any], list[dict[str, float]]]:
-    """Scores of programs one after another, and what each took, its boxes ended included."""
+    """Scores of programs one after another, and what each took.
+
+    On the clock: to compile it ("build") and to "run" it, the starts of boxes included. In
+    processor time: all of it, where its processes were waited for.
+    """
     values, times = [], []
     for source in sources:
-        began, before = time.monotonic(), processor()
-        values += score(reward, [source])
-        seconds, used = time.monotonic() - began, processor() - before
-        times.append({"seconds": seconds, "processor": used})
+        took = {"build": 0.0, "run": 0.0}
+        before = processor()
+        with ExitStack() as stack:
+            for name in took:
+                stack.enter_context(patch.object(code, name, watched(name, took)))
+            values += score(reward, [source])
+        times.append({**took, "processor": processor() - before})
     return values, times
+
+
+def watched(name: str, took: dict[str, float]) -> Callable[..., Any]:
+    """The step ``name`` of the reward, which adds the seconds that it takes."""
+    step = vars(code)[name]
+
+    def call(*arguments: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return step(*arguments)
+        finally:
+            took[name] += time.monotonic() - began
+
+    return call
 
 
 def processor() -> float:
