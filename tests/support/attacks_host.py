@@ -24,7 +24,11 @@ try: paths |= set(open('/proc/self/cmdline').read().split(chr(0)))
 except OSError: pass
 for path in paths:
     for name in (path, '/proc/self/fd/3/' + str(path), '/proc/self/cwd/' + str(path)):
-        try: open(name, 'r+b'); WON = True
+        try:  # the same byte again: nothing changes where this succeeds
+            file = open(name, 'r+b', buffering=0)
+            byte = file.read(1)
+            file.seek(0)
+            WON = file.write(byte) == 1 or WON
         except (OSError, TypeError, ValueError): pass
 """,
     ),
