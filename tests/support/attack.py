@@ -1,9 +1,9 @@
 """What a hostile program is, and the three ways to write one.
 
 Placeholders in programs: ``@CANARY@`` a file of the host that anyone may read and write,
-``@FOLDER@`` its folder, ``@TOKEN@`` its content (also in the host's environment), ``@PORT@`` a
-listening TCP port, ``@PID@`` the host's process, ``@ANSWERS@`` the right results. ``WON = True``
-says that an attack succeeded.
+``@FOLDER@`` its folder, ``@DRIVER@`` the host's file of the driver in the box, ``@TOKEN@`` the
+canary's content (also in the host's environment), ``@PORT@`` a listening TCP port, ``@PID@`` the
+host's process, ``@ANSWERS@`` the right results. ``WON = True`` says that an attack succeeded.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ HONEST = """
 def solve(n):
     return @ANSWERS@[n]
 """
+
+
+# of each program; attacks on a compiler meet that one's
+LIMITS = {"cpu_s": 1, "wall_s": 2.5, "memory_mib": 256}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

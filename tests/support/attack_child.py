@@ -16,17 +16,20 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import gruppo.reward
-from gruppo.reward import Code
-from gruppo.sandbox import Sandbox
+from gruppo.reward import Code, code
+from gruppo.sandbox import Sandbox, inside
 from gruppo.sandbox.bundle import BOOT
 from gruppo.types import Completion, Problem, Score
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.attack import HONEST, Attack
+from support.attack import HONEST, LIMITS, Attack
 from support.attacks import ATTACKS, HARMLESS
 from support.attacks_compiled import COMPILED, COMPILED_HARMLESS
 from support.attacks_compiled import HONEST as HONEST_COMPILED
@@ -85,6 +88,50 @@ def score(reward: Code, sources: list[str]) -> list[Any]:
     ]
 
 
+def timed(reward: Code, sources: list[str]) -> tuple[list[Any], list[dict[str, float]]]:
+    """Scores of programs one after another, and what each took.
+
+    On the clock: to compile it ("build") and to "run" it, the starts of boxes included. In
+    processor time: all of it, where its processes were waited for.
+    """
+    values, times = [], []
+    for source in sources:
+        took = {"build": 0.0, "run": 0.0}
+        before = processor()
+        with ExitStack() as stack:
+            for name in took:
+                stack.enter_context(patch.object(code, name, watched(name, took)))
+            values += score(reward, [source])
+        times.append({**took, "processor": processor() - before})
+    return values, times
+
+
+def watched(name: str, took: dict[str, float]) -> Callable[..., Any]:
+    """The step ``name`` of the reward, which adds the seconds that it takes."""
+    step = vars(code)[name]
+
+    def call(*arguments: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return step(*arguments)
+        finally:
+            took[name] += time.monotonic() - began
+
+    return call
+
+
+def processor() -> float:
+    """Processor seconds of all processes that have been waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def memory(name: str) -> int:
+    """MiB of memory that this process has ("VmRSS") or had at most ("VmHWM")."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith(f"{name}:"))
+
+
 def leftovers() -> list[str]:
     """Processes of boxes that still run, or wait to be waited for, after two seconds."""
     until = time.monotonic() + 2
@@ -134,7 +181,7 @@ def attack_all(kind: str, which: str, python: str, folder: Path) -> dict[str, An
     os.chmod(folder / "canary", 0o666)
     if kind == "wasi" and python:  # it has one for programs; this one runs wasmtime
         sys.executable, python = python, ""
-    sandbox = Sandbox(kind=kind, cpu_s=1, wall_s=2.5, memory_mib=256, python=python)
+    sandbox = Sandbox(kind=kind, python=python, **LIMITS)
     tempfile.tempdir = str(folder)  # what is left there shows
     language = "cpp" if which.startswith("cpp-") else "python"
     reward = Code(sandbox=sandbox, extract="all", language=language)
@@ -143,6 +190,7 @@ def attack_all(kind: str, which: str, python: str, folder: Path) -> dict[str, An
         facts = {
             "@CANARY@": str(folder / "canary"),
             "@FOLDER@": str(folder),
+            "@DRIVER@": str(inside.__file__),
             "@TOKEN@": token,
             "@PORT@": str(server.getsockname()[1]),
             "@PID@": str(os.getpid()),
@@ -158,9 +206,14 @@ def attack_all(kind: str, which: str, python: str, folder: Path) -> dict[str, An
         before = host_state(folder, token)
         honest = filled(honest)
         score(reward, [honest])  # the box is chosen and tried
-        began = time.monotonic()
-        values = score(reward, [filled(attack.source) for attack in attacks])
-        seconds = time.monotonic() - began
+        _, [own] = timed(reward, [honest])
+        before_mib = memory("VmRSS")
+        sources = [filled(attack.source) for attack in attacks]
+        if which.endswith("slow"):
+            values, times = timed(reward, sources)
+        else:  # side by side
+            values, times = score(reward, sources), []
+        grown = memory("VmHWM") - before_mib
         next_value = score(reward, [honest])[0]
         reward.close()
         return {
@@ -168,7 +221,9 @@ def attack_all(kind: str, which: str, python: str, folder: Path) -> dict[str, An
             "changed": [k for k, v in host_state(folder, token).items() if v != before[k]],
             "next": next_value,
             "leftovers": leftovers(),
-            "seconds": round(seconds, 1),
+            "times": times,
+            "own": own,
+            "grown_mib": grown,
         }
 
 

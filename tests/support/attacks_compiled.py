@@ -252,6 +252,14 @@ won = process_vm_readv(@PID@, &here, 1, &there, 1, 0) >= 0;
     won("unix socket", "won = socket(AF_UNIX, SOCK_STREAM, 0) >= 0;"),
     won("netlink", "won = socket(AF_NETLINK, SOCK_RAW, 0) >= 0;"),
     won("memfd", 'won = memfd_create("x", 0) >= 0;'),
+    won(
+        "memfd bomb",
+        """
+static char data[1 << 24];
+for (int file; (file = memfd_create("x", 0)) >= 0; won = true)
+    if (write(file, data, sizeof data) < 0) break;
+""",
+    ),
     won("sysv memory", "won = shmget(IPC_PRIVATE, 1 << 20, 0600 | IPC_CREAT) >= 0;"),
     won("io_uring", "char p[120] = {0}; won = syscall(425, 8, p) >= 0;"),
     won("bpf", "char p[72] = {0}; won = syscall(SYS_bpf, 0, p, 72) >= 0;"),
@@ -287,6 +295,15 @@ for (__rlimit_resource kind : kinds) won |= setrlimit(kind, &more) == 0;
     raw("deep recursion", "volatile char a[7000000]; a[0] = 1; main();"),
     raw("endless stdout", 'for (;;) puts("xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx");'),
     raw("endless stderr", 'for (;;) fputs("xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx", stderr);'),
+    raw(
+        "a text of 1 GB",
+        """
+char *text = (char *)malloc(1 << 30);
+if (text) fwrite(memset(text, 'x', 1 << 30), 1, 1 << 30, stdout);
+static char piece[1 << 20];
+for (int i = 0; i < 1 << 10; i++) fwrite(memset(piece, 'x', 1 << 20), 1, 1 << 20, stdout);
+""",
+    ),
     raw("endless loop", "for (volatile int i = 0;; i++) {}", slow=True),
     raw("sleep", "sleep(1000);", slow=True),
     raw("stop itself", "raise(SIGSTOP);", slow=True),

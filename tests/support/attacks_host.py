@@ -10,7 +10,28 @@ FILES = (
     won("write ssh keys", "open('/root/.ssh/authorized_keys', 'a')"),
     won("write a home", "open(os.path.expanduser('~') + '/.@TOKEN@', 'w')"),
     won("write the prefix", "open(os.path.dirname(os.__file__) + '/@TOKEN@.py', 'w')"),
-    won("write the driver", "open('@FOLDER@/inside.py', 'w')"),
+    won(
+        "write the driver",
+        """
+paths = {'@DRIVER@', sys.executable, *sys.argv, *sys.orig_argv}
+for module in list(sys.modules.values()):
+    paths |= {getattr(module, name, None) for name in ('__file__', '__cached__')}
+frame = sys._getframe()
+while frame:
+    paths.add(frame.f_code.co_filename)
+    frame = frame.f_back
+try: paths |= set(open('/proc/self/cmdline').read().split(chr(0)))
+except OSError: pass
+for path in paths:
+    for name in (path, '/proc/self/fd/3/' + str(path), '/proc/self/cwd/' + str(path)):
+        try:  # the same byte again: nothing changes where this succeeds
+            file = open(name, 'r+b', buffering=0)
+            byte = file.read(1)
+            file.seek(0)
+            WON = file.write(byte) == 1 or WON
+        except (OSError, TypeError, ValueError): pass
+""",
+    ),
     won("append to a file", "open('@CANARY@', 'a').write('x')"),
     # Python for WASI says that it changed modes, also of files that are not there
     won("chmod", "os.chmod('@CANARY@', 0o600)\nos.stat('@CANARY@')"),
@@ -147,6 +168,16 @@ for n in range(8):
     won("socket pair", "import socket; socket.socketpair()"),
     won("netlink", "import socket; socket.socket(16, 3)"),
     won("memfd", "os.memfd_create('x')"),
+    won(
+        "memfd bomb",
+        """
+held = []
+while True:
+    held.append(os.memfd_create('x'))
+    WON = True
+    os.write(held[-1], bytes(1 << 24))
+""",
+    ),
     won("sysv memory", "WON = libc.shmget(0, 1 << 20, 0o1600) >= 0"),
     won("sysv queue", "WON = libc.msgget(0, 0o1600) >= 0"),
     won("posix queue", "WON = libc.syscall(240, b'/@TOKEN@', 0o102, 0o600, 0) >= 0"),

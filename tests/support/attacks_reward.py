@@ -97,7 +97,21 @@ def solve(n): return Run()
     ),
     raw("nan", "def solve(n): return float('nan')"),
     raw("infinity", "def solve(n): return float('inf')"),
-    raw("a long text", "def solve(n): return 'x' * (200 << 20)", slow=True),
+    raw("a text of 1 GB", "def solve(n): return 'x' * (1 << 30)"),
+    raw(
+        "a reply of 1 GB",
+        """
+def solve(n):
+    frame = sys._getframe()
+    while 'call' not in frame.f_locals: frame = frame.f_back
+    head = '{"id": "' + frame.f_locals['call']['id'] + '", "value": "'
+    for n in range(63, 0, -1):
+        try:
+            os.write(n, head.encode())
+            for _ in range(1 << 14): os.write(n, b'x' * 65536)
+        except OSError: pass
+""",
+    ),
     raw("a large number", "def solve(n): return 10 ** 200000", slow=True),
     raw(
         "deep lists",

@@ -165,6 +165,26 @@ def small(folder, **more):
     return load("quickstart", [f"{key}={value}" for key, value in (settings | more).items()])
 
 
+def test_calls_of_another_form_than_the_templates_are_told_once(folder, tmp_path):
+    for name in folder.iterdir():
+        (tmp_path / name.name).write_bytes(name.read_bytes())
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{{ tools | tojson }}{% for m in messages %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}"
+        '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}'
+        "{% endfor %}<|im_end|>{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    for calls, times in (("hermes", 1), ("llama", 0)):
+        use = f'{{kind = "calculator", calls = "{calls}"}}'
+        said = []
+        resolve(small(tmp_path, **{"environment.use": use}), said.append).close()
+        told = [line for line in said if line.startswith("warning: the model's chat template")]
+        assert len(told) == times
+        assert all('set calls = "llama" (environment.use.calls' in line for line in told)
+
+
 def test_a_preflight_draws_episodes(folder):
     """An environment that answers once sees two turns."""
     parts = resolve(small(folder), lambda text: None)

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, Protocol, runtime_checkable
 
 CallFormat = Literal["hermes", "llama", "fenced"]
 """How calls are written: ``<tool_call>{"name", "arguments"}</tool_call>`` (Hermes, Qwen, SmolLM3);
@@ -20,6 +20,7 @@ the turn is one JSON object with "name" and "parameters" (Llama 3); a ```` ```js
 _TAG: Final = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _FENCE: Final = re.compile(r"```(?:json|tool_call)\s*\n(.*?)(?:```|\Z)", re.DOTALL)
 _PYTHON: Final = "<|python_tag|>"
+_MARKS: Final[dict[CallFormat, str]] = {"hermes": "<tool_call>", "llama": _PYTHON}
 _MAX_TEXT: Final = 20_000  # characters of one call; tool code is a page, the rest is a runaway
 
 
@@ -36,6 +37,16 @@ class BadCall:
     """What tried to be a call, and why it is none."""
 
     reason: str
+
+
+@runtime_checkable
+class ReadsCalls(Protocol):
+    """An environment that reads tool calls out of turns."""
+
+    @property
+    def calls(self) -> CallFormat:
+        """How they are written."""
+        ...
 
 
 def spoken(text: str) -> str:
@@ -56,6 +67,20 @@ def find_calls(text: str, form: CallFormat) -> list[Call | BadCall]:
     [BadCall(reason='a tool call must be one JSON object')]
     """
     return _READERS[form](spoken(text))
+
+
+def formats_of(text: str, call: Call) -> tuple[CallFormat, ...]:
+    """The forms in which ``text`` asks for ``call`` and nothing else.
+
+    >>> formats_of('{"name": "add", "parameters": {"a": 1}}', Call("add", {"a": 1}))
+    ('llama',)
+    """
+    return tuple(form for form in _READERS if find_calls(text, form) == [call])
+
+
+def formats_marked(template: str) -> tuple[CallFormat, ...]:
+    """The forms whose marks stand in a chat template."""
+    return tuple(form for form, mark in _MARKS.items() if mark in template)
 
 
 def example_call(form: CallFormat) -> str:

@@ -134,6 +134,33 @@ class Encoder:
         end = next((at for at in ends if not self.decode(ids[:at]).strip()), -1)
         return ids[end + 1 :]
 
+    def written_call(self, name: str, arguments: Mapping[str, object]) -> str | None:
+        """A turn that calls a tool as the template writes one, in the text that an engine gives.
+
+        None if the template writes no such turn, or refuses this one.
+        """
+        function = {"name": name, "arguments": arguments}
+        call = {
+            "id": "gruppo001",
+            "type": "function",
+            "function": function,
+        }  # Mistral: nine letters
+        turns: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
+        try:
+            opening = self._template(turns, add_generation_prompt=True)
+            closed = self._template(turns)
+            whole = self._template(
+                [*turns, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            )
+        except (TemplateError, TypeError, ValueError):
+            return None
+        # the opening of a turn may hold more than a turn of the past does: a think tag, say
+        start = next((text for text in (opening, closed) if whole.startswith(text)), whole)
+        turn = whole[len(start) :]
+        if name not in turn:
+            return None
+        return self.decode(self.tokenizer.encode(turn, add_special_tokens=False)).strip()
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of token ids, spaces exactly as the tokens have them."""
         text = self.tokenizer.decode(
@@ -176,7 +203,7 @@ class Encoder:
         )
         return shown != without
 
-    def _template(self, turns: list[dict[str, str]], **options: bool) -> str:
+    def _template(self, turns: list[dict[str, Any]], **options: bool) -> str:
         settings: dict[str, Any] = {**options, **self.template_options}
         text = self.tokenizer.apply_chat_template(turns, tokenize=False, **settings)
         return cast(str, text)

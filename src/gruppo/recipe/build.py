@@ -32,6 +32,7 @@ from gruppo.model.parts import context_length
 from gruppo.objective import Objective
 from gruppo.policy import Policy
 from gruppo.recipe.answers import refuse_wrong_grading
+from gruppo.recipe.calls import calls_mismatch
 from gruppo.recipe.environment import probe
 from gruppo.recipe.problems import (
     Splits,
@@ -124,6 +125,8 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
         model = attach(model, section.lora, compute_dtype=dtype)
     environment = recipe.environment.open(report)
     encoder = _encoder(loaded, recipe, environment)
+    if environment is not None and (told := calls_mismatch(environment, encoder)):
+        report(f"warning: {told}")
     engine = LocalEngine(
         model,
         encoder.decode,
