@@ -64,9 +64,8 @@ def versus_trl(
     if (work.prompts * work.group) % trl.micro_batch:
         raise ValueError(f"micro_batch = {trl.micro_batch} does not divide prompts x group")
     questions = work.questions((work.steps + work.warmup) * work.prompts)
-    task = {**asdict(work), "device": device_of(work), "questions": questions}
-    task |= {"model": load(work.model).folder, "trl_micro_batch": trl.micro_batch}
-    task["gflops"] = gflops
+    task: dict[str, Any] = {**asdict(work), "device": device_of(work), "questions": questions}
+    task |= {"model": load(work.model).folder, "trl_micro_batch": trl.micro_batch, "gflops": gflops}
     task["trl_weights"] = work.compute if trl.weights == "compute" else trl.weights
     script = str(files("gruppo.bench").joinpath("trl_child.py"))
     commands = {"trl": [trl.python, script], "gruppo": [sys.executable, "-m", _OURS]}

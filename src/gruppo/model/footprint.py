@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class Shape:
         return pad(*self._rows())
 
     def _rows(self) -> tuple[list[tuple[int, ...]], Tensor, list[int]]:
-        rows = [
+        rows: list[tuple[int, ...]] = [
             (number, *range(1, length))
             for number, (length, group) in enumerate(
                 zip(self.prompts, self.completions, strict=True)
@@ -125,15 +126,23 @@ def footprint(  # noqa: PLR0913 - a model, and what decides how it is computed
         kept = kept_bytes(decoder, shape.packed(), dtype=compute, head_width=width)
         copies = copied_bytes(decoder, dtype=compute, products=products)
         return _count(model, known, compute, saved=kept, copies=copies, thrift=thrift)
-    given = (shape.packed(),) if packed else shape.padded()  # here: real numbers, no fake ones
-    states = packed_states if packed else padded_states
+    layout, padded = shape.packed(), shape.padded()  # here: real numbers, no fake ones
     with FakeTensorMode(allow_non_fake_inputs=True):
         _pretend(model)
         weights = {_key(p): p for p in model.parameters()}
+        states = (
+            partial(packed_states, model, layout)
+            if packed
+            else partial(padded_states, model, *padded)
+        )
         half = torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
         with half, _one_sequence_a_row():
-            saved = _saved(lambda: states(model, *given), set(weights), thrift=thrift)
+            saved = _saved(states, set(weights), thrift=thrift)
     return _count(model, weights, compute, saved=saved, copies=0, thrift=thrift)
+
+
+def _no_sequences(position_ids: Tensor) -> None:
+    del position_ids
 
 
 @contextmanager
@@ -143,7 +152,7 @@ def _one_sequence_a_row() -> Iterator[None]:
     Rows that it would ask about hold one: as it finds in a real pass, which needs no mask then.
     """
     real = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    masking_utils.find_packed_sequence_indices = _no_sequences
     try:
         yield
     finally:
