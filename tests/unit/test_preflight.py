@@ -8,6 +8,7 @@ import pytest
 
 from gruppo.cli import main
 from gruppo.cli.written import printable
+from gruppo.model.footprint import Shape
 from gruppo.preflight import machine
 from gruppo.preflight.advice import Facts, advise
 from gruppo.preflight.microbatch import largest_micro_batches
@@ -22,7 +23,6 @@ from gruppo.preflight.statistics import (
     wilson,
 )
 from gruppo.preflight.timing import Timing, draws_per_step, skips_dead
-from gruppo.model.footprint import Shape
 from gruppo.recipe import load
 from gruppo.types import Completion, Group, Message, Problem, Score
 from support.commands import arguments

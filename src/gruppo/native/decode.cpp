@@ -4,6 +4,8 @@
 #include <new>
 #include <vector>
 
+#include "room.h"
+
 namespace {
 
 struct Sizes {
@@ -42,12 +44,12 @@ struct Rows {
 template <typename H, typename T>
 struct Kernels {
   using Norm = void(int64_t, int64_t, float, H*, const T*, const float*, T*);
-  using Rotate = void(int64_t, int64_t, int64_t, int64_t, int64_t, float, float, const T*,
-                      const float*, const float*, const float*, const float*, const int64_t*, T*, T*,
-                      T*);
-  using Attend = void(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, const T*,
-                      const T*, const T*, const T*, const T*, const int64_t*, const int64_t*,
-                      const int64_t*, T*);
+  using Rotate = int64_t(int64_t, int64_t, int64_t, int64_t, int64_t, float, float, const T*,
+                         const float*, const float*, const float*, const float*, const int64_t*,
+                         T*, T*, T*);
+  using Attend = int64_t(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float,
+                         const T*, const T*, const T*, const T*, const T*, const int64_t*,
+                         const int64_t*, const int64_t*, T*);
   using Swiglu = void(int64_t, int64_t, const T*, T*);
   using Multiply = void(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const T*, const T*,
                         const float*, T*);
@@ -85,6 +87,10 @@ class Step {
   }
 
  private:
+  static void enough(int64_t result) {
+    if (result < 0) throw std::bad_alloc();
+  }
+
   void norm(const Norm& by, bool adds, T* to) {
     const T* added = adds ? update_.data() : nullptr;
     kernels_.add_norm(sizes_.rows, sizes_.width, by.epsilon, hidden_, added, by.weight, to);
@@ -100,15 +106,15 @@ class Step {
     const Sizes& s = sizes_;
     T *keys = static_cast<T*>(layer.own_keys), *values = static_cast<T*>(layer.own_values);
     multiply(layer.query_key_value, normed_, packed_);
-    kernels_.rotate(s.rows, s.heads, s.key_heads, s.head_width, layer.own_columns,
+    enough(kernels_.rotate(s.rows, s.heads, s.key_heads, s.head_width, layer.own_columns,
                     layer.of_query.epsilon, layer.of_key.epsilon, packed_.data(), rows_.cosine,
                     rows_.sine, layer.of_query.weight, layer.of_key.weight, rows_.own_length,
-                    query_.data(), keys, values);
-    kernels_.attend(s.rows, s.key_heads, s.heads / s.key_heads, s.head_width, layer.prompt_columns,
+                    query_.data(), keys, values));
+    enough(kernels_.attend(s.rows, s.key_heads, s.heads / s.key_heads, s.head_width, layer.prompt_columns,
                     layer.own_columns, layer.window, layer.scaling, query_.data(),
                     static_cast<const T*>(layer.prompt_keys),
                     static_cast<const T*>(layer.prompt_values), keys, values, rows_.place,
-                    rows_.prompt_length, rows_.own_length, mixed_.data());
+                    rows_.prompt_length, rows_.own_length, mixed_.data()));
     multiply(layer.out, mixed_, update_);
   }
 };
@@ -116,7 +122,7 @@ class Step {
 }  // namespace
 
 // hidden [N, E]: the residual stream; out [N, E]: it after all layers, normed. There are rows.
-// Returns 1 where there is not memory enough.
+// Returns -1 where there is not memory enough.
 #define STEP(NAME, H, T, NORM, ROTATE, ATTEND, SWIGLU, MULTIPLY)                               \
   extern "C" Kernels<H, T>::Norm NORM;                                                         \
   extern "C" Kernels<H, T>::Rotate ROTATE;                                                     \
@@ -124,12 +130,12 @@ class Step {
   extern "C" Kernels<H, T>::Swiglu SWIGLU;                                                     \
   extern "C" Kernels<H, T>::Multiply MULTIPLY;                                                 \
   extern "C" int64_t NAME(const Sizes* sizes, int64_t count, const Layer* layers,              \
-                          const Rows* rows, const Norm* last, H* hidden, T* out) try {         \
-    const Kernels<H, T> kernels{NORM, ROTATE, ATTEND, SWIGLU, MULTIPLY};                       \
-    Step<H, T>(kernels, *sizes, *rows, hidden).run(count, layers, *last, out);                 \
-    return 0;                                                                                  \
-  } catch (const std::bad_alloc&) {                                                            \
-    return 1;                                                                                  \
+                          const Rows* rows, const Norm* last, H* hidden, T* out) {             \
+    try {                                                                                      \
+      const Kernels<H, T> kernels{NORM, ROTATE, ATTEND, SWIGLU, MULTIPLY};                     \
+      Step<H, T>(kernels, *sizes, *rows, hidden).run(count, layers, *last, out);               \
+      return 0;                                                                                \
+    } OR_NO_MEMORY                                                                             \
   }
 
 STEP(decode_step_float32_float32, float, float, add_norm_float32_float32, rotate_float32,

@@ -47,10 +47,10 @@ class Size:
 class Report:
     """What a preflight found. Shares are in [0, 1], times in seconds, sizes in bytes or tokens.
 
-    ``truncation`` and the dead shares of ``sizes`` are what as many groups as the recipe's run draws
-    would show, did its model not learn; ``pass_rate`` and ``no_signal`` are means over all problems. ``memory`` is of a
-    run whose groups are like those that were drawn, ``memory_full`` of one in which every group
-    teaches and no completion ends early.
+    ``truncation`` and the dead shares of ``sizes`` are what as many groups as the recipe's run
+    draws would show, did its model not learn; ``pass_rate`` and ``no_signal`` are means over all
+    problems. ``memory`` is of a run whose groups are like those that were drawn, ``memory_full`` of
+    one in which every group teaches and no completion ends early.
     """
 
     groups: int
