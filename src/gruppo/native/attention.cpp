@@ -39,12 +39,11 @@ struct Tensors {
 struct Chunk {
   int64_t from, to;
 };
-
 struct Keys {
   int64_t from, to;  // those that are seen
 };
 
-constexpr int kTogether = kRegisters / 4;      // keys that meet two vectors of queries
+constexpr int kTogether = kRegisters / 4;    // keys that meet two vectors of queries
 constexpr int64_t kRun = 32;                 // products in one sum: more would round too often
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr int64_t kTasks = 4;                // a thread, so that none waits long for another
@@ -383,8 +382,8 @@ void decode(const Shape& s, const Tensors<T>& t) {
 
 // Tensors are contiguous: query and out [N, K * R, D], prompt keys and values [P, K, W, D], own
 // ones [S, K, C, D]; place, prompt_length and own_length [N] are int64. own_length does not count
-// the token being computed, whose key and value are in the buffer already. D is even.
-// Returns -1 where there is not memory enough.
+// the token being computed, whose key and value are in the buffer already. D is even. Returns -1
+// where there is not memory enough.
 #define DECODE(NAME, T)                                                                           \
   extern "C" int64_t NAME(int64_t rows, int64_t key_heads, int64_t repeats, int64_t width,        \
                        int64_t prompt_columns, int64_t own_columns, int64_t window, float scaling, \
