@@ -164,15 +164,22 @@ def test_draws_the_same_whatever_multiplies(name: str, monkeypatch: pytest.Monke
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("weights", "dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("name", list(LIKE_LLAMA))
 def test_all_layers_in_one_call_are_the_same_bits(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, weights: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a call for each operation: with biases, head norms and a window; rows end and enter."""
     if not native.can_multiply(dtype):
         pytest.skip("no products in bfloat16 on this processor")
-    model = build(name, **LIKE_LLAMA[name])
+    model = build(name, **LIKE_LLAMA[name]).to(weights)
     adopt(model)
     found: list[list[Completion]] = []
     calls: list[int] = []

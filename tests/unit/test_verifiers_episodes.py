@@ -17,6 +17,7 @@ import pytest
 
 from gruppo.data import Verifiers as Source
 from gruppo.environment import Episodes, Limits, Verifiers, VerifiersEnvironment
+from gruppo.errors import ServiceError
 from gruppo.recipe.environment import EnvironmentSection
 from gruppo.types import Message, Request, Sampling
 from support.dialogues import Letters, Script, problem
@@ -251,6 +252,17 @@ def test_what_is_seen_only_in_an_episode_ends_it(module, number, text, words):
     assert words in played(name, data, "5")[-1 if number == 1 else 0]["failure"]
 
 
+def test_an_episode_that_cannot_begin_leaves_no_process(module, opened):
+    name = module("episodes_unbegun", ENDED[2][0])
+    environment = opened(taskset=name)
+    (one, *_) = Source(taskset=name, episodes=True).load()
+    worker = environment.free[0]._worker.pid
+    for _ in range(2):
+        with pytest.raises(ServiceError, match="the environment opens with"):
+            environment.start(one)
+    assert Path(f"/proc/{worker}/task/{worker}/children").read_text().split() == []
+
+
 def test_other_problems_and_data_without_episodes_are_refused(module):
     name = module("adding_other", TOOLS)
     environment = EnvironmentSection(use=Verifiers(taskset=name)).open()
@@ -267,8 +279,10 @@ def test_settings_out_of_range_and_a_missing_library_are_told(tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"timeout_s = 0\.0: must be positive"):
         Verifiers(taskset="adding", timeout_s=0.0)
     with pytest.raises(ValueError, match=r"max_seconds = 24: must be at least 5 more.*= 20"):
-        Verifiers(taskset="adding").check(24.0)
-    Verifiers(taskset="adding").check(25.0)
+        Verifiers(taskset="adding").check(24.0, 1)
+    with pytest.raises(ValueError, match=r"workers = 2: .* use 1"):
+        EnvironmentSection(use=Verifiers(taskset="adding"), workers=2)
+    Verifiers(taskset="adding").check(25.0, 1)
     (tmp_path / "verifiers.py").write_text("raise ImportError('not here')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"'adding': .*not here.*pip install \"gruppo\[verifiers"):

@@ -21,6 +21,7 @@ _TAG: Final = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _FENCE: Final = re.compile(r"```(?:json|tool_call)\s*\n(.*?)(?:```|\Z)", re.DOTALL)
 _PYTHON: Final = "<|python_tag|>"
 _MARKS: Final[dict[CallFormat, str]] = {"hermes": "<tool_call>", "llama": _PYTHON}
+_MAX_DEPTH: Final = 64  # of nested arguments: more would not pass to where the tool runs
 _MAX_TEXT: Final = 20_000  # characters of one call; tool code is a page, the rest is a runaway
 
 
@@ -134,7 +135,34 @@ def _parse(text: str) -> Call | BadCall:
     name = value.get("name")
     if not isinstance(name, str) or not name:
         return BadCall('a tool call needs a "name"')
-    return Call(name, value.get("arguments", value.get("parameters", {})))
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if _is_deep(arguments, _MAX_DEPTH):
+        return BadCall(f"arguments must be nested at most {_MAX_DEPTH} deep")
+    if not _is_text(name) or not _is_text(json.dumps(arguments, ensure_ascii=False)):
+        return BadCall("a tool call must have no halves of surrogate pairs")
+    return Call(name, arguments)
+
+
+def _is_deep(value: object, most: int) -> bool:
+    """Whether lists and tables lie deeper in each other."""
+    layer = [value]
+    for _ in range(most):
+        layer = [
+            inner
+            for one in layer
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    return any(isinstance(one, dict | list) for one in layer)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse(constant: str) -> object:

@@ -58,8 +58,17 @@ class Verifiers:
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s = {self.timeout_s}: must be positive")
 
-    def check(self, max_seconds: float) -> None:
-        """Refuse a deadline of an answer that lies before the episode's own. Raises ValueError."""
+    def check(self, max_seconds: float, workers: int) -> None:
+        """Refuse what would have sound episodes time out. Raises ValueError.
+
+        That is a deadline before the episode's own, and several episodes asked at once: those of a
+        process are answered one after the other.
+        """
+        if workers > 1:
+            raise ValueError(
+                f"environment.workers = {workers}: episodes of verifiers are answered one after "
+                "the other, and one that hangs would take the time of its neighbours: use 1"
+            )
         if self.timeout_s + _GRACE_S > max_seconds:
             raise ValueError(
                 f"environment.max_seconds = {max_seconds:g}: must be at least {_GRACE_S:g} more "
@@ -100,6 +109,11 @@ class VerifiersEnvironment:
     about: Verifiers
     tools: tuple[Mapping[str, object], ...]
     free: list[_Host] = field(repr=False, compare=False)
+
+    @property
+    def calls(self) -> CallFormat:
+        """How calls are written."""
+        return self.about.calls
 
     @property
     def instructions(self) -> str:
@@ -149,6 +163,7 @@ class VerifiersEnvironment:
                     raise ServiceError(f"verifiers: {host.refusal}") from None
             if host.alive:
                 return host
+            host.close()
 
 
 @final

@@ -140,11 +140,8 @@ class Encoder:
         None if the template writes no such turn, or refuses this one.
         """
         function = {"name": name, "arguments": arguments}
-        call = {
-            "id": "gruppo001",
-            "type": "function",
-            "function": function,
-        }  # Mistral: nine letters
+        # Mistral's templates want names of nine letters
+        call = {"id": "gruppo001", "type": "function", "function": function}
         turns: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
         try:
             opening = self._template(turns, add_generation_prompt=True)

@@ -50,26 +50,22 @@ class Kept:
     window: int | None
 
 
-class _Fields(ctypes.Structure):
-    """One that is compared with nothing, and made by position."""
-
-
-class _Sizes(_Fields):
+class _Sizes(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in ("rows", "width", "heads", "key_heads", "head_width", "inner")
     ]
 
 
-class _Norm(_Fields):
+class _Norm(ctypes.Structure):
     _fields_ = [("weight", ctypes.c_void_p), ("epsilon", ctypes.c_double)]
 
 
-class _Product(_Fields):
+class _Product(ctypes.Structure):
     _fields_ = [("panels", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
 
 
-class _Layer(_Fields):
+class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _Norm) for name in ("before_attention", "of_query", "of_key", "before_mlp")),
         *((name, _Product) for name in ("query_key_value", "out", "gate_up", "down")),
@@ -82,7 +78,7 @@ class _Layer(_Fields):
     ]
 
 
-class _Rows(_Fields):
+class _Rows(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in ("cosine", "sine", "place", "prompt_length", "own_length")
@@ -137,10 +133,12 @@ class DecodeLayers:
         assert all(x.is_contiguous() for x in (hidden, *turn, *indices)), "buffers are whole"
         assert all(x.dtype == torch.float32 for x in turn), "angles are float32"
         assert all(x.dtype == torch.int64 for x in indices), "indices are int64"
+        assert turn[0].shape[1] % 2 == 0, "halves of a head are rotated"
         if not len(hidden):
             return out
         for layer, there in zip(self._layers, kept, strict=True):
-            _point(layer, there)
+            assert len(there.own_keys) >= len(hidden), "a slot for every row"
+            _point(layer, there, self._dtype)
         key_heads, width = kept[0].own_keys.shape[1], turn[0].shape[1]
         heads = self._kept_alive[0][0].out.panels.inner // width
         sizes = _Sizes(*hidden.shape, heads, key_heads, width, self._inner)
@@ -162,10 +160,11 @@ def can_decode(layers: Sequence[DecodeLayer], dtype: torch.dtype) -> bool:
     )
 
 
-def _point(layer: _Layer, kept: Kept) -> None:
+def _point(layer: _Layer, kept: Kept, dtype: torch.dtype) -> None:
     """Where the layer's keys and values are now."""
     buffers = (kept.prompt_keys, kept.prompt_values, kept.own_keys, kept.own_values)
     assert all(x.is_contiguous() for x in buffers), "buffers are whole"
+    assert all(x.dtype == dtype for x in buffers), "one type of numbers"
     layer.prompt_keys, layer.prompt_values, layer.own_keys, layer.own_values = (
         x.data_ptr() for x in buffers
     )

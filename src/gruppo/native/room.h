@@ -6,12 +6,13 @@
 #include <omp.h>
 
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <new>
 
 // After the body of a function that Python calls, which begins with `try {`.
 #define OR_NO_MEMORY              \
-  catch (const std::bad_alloc&) { \
+  catch (const std::exception&) { \
     return -1;                    \
   }
 

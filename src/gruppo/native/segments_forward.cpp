@@ -42,7 +42,8 @@ class Forward {
     std::vector<int64_t> columns;
     for (const Segment& segment : segments) {
       columns.push_back(0);
-      for (const Seen& seen : segment.keys) columns.back() += rounded_up(segments[seen.segment].count(), kLanes);
+      for (const Seen& seen : segment.keys)
+        columns.back() += rounded_up(segments[seen.segment].count(), kLanes);
     }
     return columns;
   }

@@ -14,7 +14,7 @@ import torch
 
 from gruppo.data import ProblemStream
 from gruppo.engine import LocalEngine
-from gruppo.environment import Environment, Episodes
+from gruppo.environment import Environment, Episodes, VerifiersEnvironment
 from gruppo.evaluate import Evaluator
 from gruppo.interrupt import ending_with
 from gruppo.model import (
@@ -82,6 +82,8 @@ class Parts:
     def close(self) -> None:
         """End worker processes and free the engine."""
         self.reward.close()
+        if isinstance(self.opened.environment, VerifiersEnvironment):
+            self.opened.environment.close()
         self.opened.engine.close()
 
 

@@ -17,7 +17,7 @@ def calls_mismatch(environment: Environment, encoder: Encoder) -> str:
     A template that knows no tools teaches no form: there the environment's own words do, in the
     form that it reads.
     """
-    if not isinstance(environment, ReadsCalls) or not encoder.takes_tools:
+    if not isinstance(environment, ReadsCalls) or not environment.tools or not encoder.takes_tools:
         return ""
     text = encoder.written_call(_CALL.name, {"number": 1})
     if text is None:

@@ -46,8 +46,10 @@ class EnvironmentSection:
 
     def __post_init__(self) -> None:
         self.limits()
-        if isinstance(self.use, Python | Verifiers):
+        if isinstance(self.use, Python):
             self.use.check(self.max_seconds)
+        if isinstance(self.use, Verifiers):
+            self.use.check(self.max_seconds, self.workers)
 
     def limits(self) -> Limits:
         """The limits of an episode. Raises ValueError for one that is out of range."""

@@ -56,6 +56,7 @@ class Forks:
         copy = self._copies.get(number)
         if copy is None:
             raise RuntimeError("the process has ended")
+        copy.line.settimeout(None)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # then receive tells
             copy.line.sendall(json.dumps(message).encode() + b"\n")
 
@@ -81,8 +82,9 @@ class Forks:
         if copy is None:
             return None
         copy.line.close()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(copy.pid, signal.SIGKILL)
+        for kill in (os.killpg, os.kill):  # itself too, should it have left its group
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(copy.pid, signal.SIGKILL)
         _, status = os.waitpid(copy.pid, 0)
         code = os.waitstatus_to_exitcode(status)
         return None if code == -signal.SIGKILL else code
@@ -107,7 +109,10 @@ def _read_line(line: socket.socket, deadline: float) -> bytes:
     """A line of a conversation in which each side says one line in turn."""
     found = bytearray()
     while not found.endswith(b"\n"):
-        line.settimeout(max(0.001, deadline - time.monotonic()))
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        line.settimeout(left)
         chunk = line.recv(1 << 20)
         if not chunk:
             raise ValueError("the process ended")

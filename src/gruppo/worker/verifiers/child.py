@@ -37,6 +37,9 @@ def make(settings: dict) -> tuple[Callable[[bytes], object], dict]:
         number = forks.start(asked) if asked["do"] == "start" else asked["episode"]
         if asked["do"] != "start":
             forks.send(number, asked)
-        return {"episode": number, **forks.receive(number, settings["timeout_s"])}
+        answer = forks.receive(number, settings["timeout_s"])
+        if "failure" in answer:  # whoever asked knows no episode, and will not close it
+            forks.end(number)
+        return {**answer, "episode": number}
 
     return handle, info

@@ -61,10 +61,12 @@ class Tools:
         server, name = self.servers[call["name"]]
         try:
             result = await server.call_tool(name, call["arguments"])
+            texts = [block.text if block.type == "text" else str(block) for block in result.content]
+            failed = bool(result.is_error)
         except Exception as error:  # of the tool, or its arguments do not fit
             return f"error: {error}", False
-        texts = [block.text if block.type == "text" else str(block) for block in result.content]
-        return "\n".join(texts), not result.is_error
+        said = "\n".join(texts)
+        return (f"error: {said}" if failed and not said.startswith("error: ") else said), not failed
 
 
 def share_state(toolset: Any, trace: Any) -> None:
