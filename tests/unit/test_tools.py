@@ -95,11 +95,6 @@ CALLS = [
         f'<tool_call>{{"name": "add", "arguments": {"[" * 65}{"]" * 65}}}</tool_call>',
         [BadCall("arguments must be nested at most 64 deep")],
     ),
-    (
-        "hermes",
-        r'<tool_call>{"name": "add", "arguments": {"a": "\ud800"}}</tool_call>',
-        [BadCall("a tool call must have no halves of surrogate pairs")],
-    ),
     ("llama", '{"name": "add", "parameters": {"a": 1}}', [ADD]),
     ("llama", f"<|python_tag|>{BODY}; {BODY}", [ADD, ADD]),
     ("llama", f"I would write {BODY}", []),

@@ -17,6 +17,8 @@ import pytest
 
 from gruppo.data import Verifiers as Source
 from gruppo.environment import Episodes, Limits, Verifiers, VerifiersEnvironment
+from gruppo.environment.calls import BadCall, Call, find_calls
+from gruppo.environment.verifiers import _plain
 from gruppo.errors import ServiceError
 from gruppo.recipe.environment import EnvironmentSection
 from gruppo.types import Message, Request, Sampling
@@ -261,6 +263,15 @@ def test_an_episode_that_cannot_begin_leaves_no_process(module, opened):
         with pytest.raises(ServiceError, match="the environment opens with"):
             environment.start(one)
     assert Path(f"/proc/{worker}/task/{worker}/children").read_text().split() == []
+
+
+def test_a_call_that_no_tool_could_be_told_is_answered_as_one():
+    half = find_calls(r'<tool_call>{"name": "add", "arguments": ["\ud800"]}</tool_call>', "hermes")
+    assert [_plain(call) for call in [*half, Call("add", {"a": 1}), BadCall("no")]] == [
+        {"bad": "a tool call must have no halves of surrogate pairs"},
+        {"name": "add", "arguments": {"a": 1}},
+        {"bad": "no"},
+    ]
 
 
 def test_other_problems_and_data_without_episodes_are_refused(module):

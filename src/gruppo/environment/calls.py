@@ -138,8 +138,6 @@ def _parse(text: str) -> Call | BadCall:
     arguments = value.get("arguments", value.get("parameters", {}))
     if _is_deep(arguments, _MAX_DEPTH):
         return BadCall(f"arguments must be nested at most {_MAX_DEPTH} deep")
-    if not _is_text(name) or not _is_text(json.dumps(arguments, ensure_ascii=False)):
-        return BadCall("a tool call must have no halves of surrogate pairs")
     return Call(name, arguments)
 
 
@@ -154,15 +152,6 @@ def _is_deep(value: object, most: int) -> bool:
             for inner in (one.values() if isinstance(one, dict) else one)
         ]
     return any(isinstance(one, dict | list) for one in layer)
-
-
-def _is_text(text: str) -> bool:
-    """Whether it can be encoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _refuse(constant: str) -> object:

@@ -268,7 +268,12 @@ class _Host:
 def _plain(call: Call | BadCall) -> dict[str, Any]:
     if isinstance(call, BadCall):
         return {"bad": call.reason}
-    return {"name": call.name, "arguments": call.arguments}
+    made = {"name": call.name, "arguments": call.arguments}
+    try:
+        json.dumps(made, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return {"bad": "a tool call must have no halves of surrogate pairs"}
+    return made
 
 
 def _sound(text: str) -> str:
