@@ -8,7 +8,7 @@ lie is looked up at every step.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -23,19 +23,21 @@ NormWeight = tuple[Float[Tensor, "E"], float]
 """Weight, in float32, and epsilon of an RMS norm."""
 HeadNorm = tuple[Float[Tensor, "D"], float]
 """The same of one that heads share."""
+Product = Callable[[Tensor], Tensor]
+"""Rows [N, I] times a matrix, plus a bias."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class DecodeLayer:
-    """The weights of a layer, as the kernels take them, and how it attends."""
+    """A layer's norms, and what multiplies rows by its matrices: for ``can_decode``, panels do."""
 
     before_attention: NormWeight
-    query_key_value: PanelProduct
+    query_key_value: Product
     head_norms: tuple[HeadNorm | None, HeadNorm | None]
-    out: PanelProduct
+    out: Product
     before_mlp: NormWeight
-    gate_up: PanelProduct
-    down: PanelProduct
+    gate_up: Product
+    down: Product
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -101,7 +103,8 @@ class DecodeLayers:
         self._dtype = dtype
         self._layers = (_Layer * len(layers))(*map(_layer, layers))
         self._last = _norm(last)
-        self._inner = layers[0].down.panels.inner
+        self._inner = _own(layers[0].down).panels.inner
+        self._mixed = _own(layers[0].out).panels.inner
 
     def step(
         self,
@@ -140,8 +143,7 @@ class DecodeLayers:
             assert len(there.own_keys) >= len(hidden), "a slot for every row"
             _point(layer, there, self._dtype)
         key_heads, width = kept[0].own_keys.shape[1], turn[0].shape[1]
-        heads = self._kept_alive[0][0].out.panels.inner // width
-        sizes = _Sizes(*hidden.shape, heads, key_heads, width, self._inner)
+        sizes = _Sizes(*hidden.shape, self._mixed // width, key_heads, width, self._inner)
         rows = _Rows(*(x.data_ptr() for x in (*turn, *indices)))
         run = kernel(
             f"decode_step_{TYPES[hidden.dtype]}_{TYPES[self._dtype]}", "pippppp", ctypes.c_int64
@@ -156,7 +158,8 @@ def can_decode(layers: Sequence[DecodeLayer], dtype: torch.dtype) -> bool:
     """Whether ``DecodeLayers`` takes them: numbers are read in pairs, so widths are even."""
     products = [p for x in layers for p in (x.query_key_value, x.out, x.gate_up, x.down)]
     return can_multiply(dtype) and all(
-        p.panels.data.dtype == dtype and p.panels.inner % 2 == 0 for p in products
+        isinstance(p, PanelProduct) and p.panels.data.dtype == dtype and p.panels.inner % 2 == 0
+        for p in products
     )
 
 
@@ -182,6 +185,11 @@ def _norm(norm: NormWeight | HeadNorm | None) -> _Norm:
     return _Norm(None, 0.0) if norm is None else _Norm(norm[0].data_ptr(), norm[1])
 
 
-def _product(product: PanelProduct) -> _Product:
-    bias = product.bias
-    return _Product(product.panels.data.data_ptr(), None if bias is None else bias.data_ptr())
+def _product(product: Product) -> _Product:
+    panels, bias = _own(product).panels, _own(product).bias
+    return _Product(panels.data.data_ptr(), None if bias is None else bias.data_ptr())
+
+
+def _own(product: Product) -> PanelProduct:
+    assert isinstance(product, PanelProduct), "only for what can_decode"
+    return product

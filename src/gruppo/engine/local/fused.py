@@ -8,30 +8,17 @@ and no gradient, and serves only decoders of Llama's kind.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import final
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from gruppo import native
-from gruppo.engine.local.packed import Product, Products
+from gruppo.engine.local.packed import Products
 from gruppo.engine.local.store import Decode, Store
 from gruppo.model.decoder import Decoder, Norm
-from gruppo.native import PanelProduct
 
 _Norm = tuple[Tensor, float]
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class _Layer:
-    before_attention: _Norm
-    query_key_value: Product
-    head_norms: tuple[_Norm | None, _Norm | None]
-    out: Product
-    before_mlp: _Norm
-    gate_up: Product
-    down: Product
 
 
 @final
@@ -49,7 +36,7 @@ class FusedStep:
         self._embedding = decoder.embedding
         self._rotary = decoder.rotary
         self._layers = [
-            _Layer(
+            native.DecodeLayer(
                 before_attention=_wide(layer.before_attention),
                 query_key_value=products(layer.query_key_value),
                 head_norms=(_wide_or_none(layer.head_norms[0]), _wide_or_none(layer.head_norms[1])),
@@ -62,7 +49,9 @@ class FusedStep:
         ]
         self._norm = _wide(decoder.norm)
         self._head = products(decoder.head)
-        self._together = _together(self._layers, self._norm, store)
+        self._together = None
+        if native.can_decode(self._layers, store.dtype):
+            self._together = native.DecodeLayers(self._layers, self._norm, store.dtype)
 
     def __call__(
         self, tokens: Int[Tensor, "N"], positions: Int[Tensor, "N"], step: Decode
@@ -108,36 +97,6 @@ class FusedStep:
     def _normed(self, hidden: Tensor, update: Tensor | None, norm: _Norm) -> Tensor:
         weight, epsilon = norm
         return native.add_norm(hidden, update, weight, epsilon=epsilon, dtype=self._store.dtype)
-
-
-def _together(layers: list[_Layer], last: _Norm, store: Store) -> native.DecodeLayers | None:
-    """All layers in one call, if all products are the own kernels'."""
-    found = []
-    for layer in layers:
-        qkv, out, gate_up, down = layer.query_key_value, layer.out, layer.gate_up, layer.down
-        if not (
-            isinstance(qkv, PanelProduct)
-            and isinstance(out, PanelProduct)
-            and isinstance(gate_up, PanelProduct)
-            and isinstance(down, PanelProduct)
-        ):
-            return None
-        found.append(
-            native.DecodeLayer(
-                before_attention=layer.before_attention,
-                query_key_value=qkv,
-                head_norms=layer.head_norms,
-                out=out,
-                before_mlp=layer.before_mlp,
-                gate_up=gate_up,
-                down=down,
-            )
-        )
-    return (
-        native.DecodeLayers(found, last, store.dtype)
-        if native.can_decode(found, store.dtype)
-        else None
-    )
 
 
 def _wide(norm: Norm) -> _Norm:
