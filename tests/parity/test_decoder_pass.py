@@ -2,56 +2,16 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.models.auto import CONFIG_MAPPING
+from torch import Tensor
 
 from gruppo import native
-from gruppo.model import Lora, attach, can_fuse, can_pack, completion_logp, multiplying
-from gruppo.model.attention import adopt
+from gruppo.model import can_fuse, can_pack, completion_logp, multiplying
 from gruppo.model.decoder_pass import find_pass
 from gruppo.model.precision import cast_frozen
 from gruppo.model.source import checkpoint_activations
 from gruppo.native import compiled as building
 from gruppo.policy import Optim, Policy
-from support.engines import TINY
-
-needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="no C++ compiler here")
-PROMPTS = [(5, 6, 7, 8, 9)] * 3 + [(11, 3)] * 4
-LENGTHS = torch.tensor([6, 1, 4, 3, 0, 6, 2])
-
-
-def build(name: str, **extra: object) -> nn.Module:
-    """Norms and biases are not what they are at first, 1 and 0."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**{**TINY, **extra}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    assert adopt(model)
-    return model
-
-
-def outcome(model: nn.Module, *, fused: bool, half: bool = False) -> dict[str, Tensor]:
-    """Log-probabilities and all gradients of a weighted sum."""
-    torch.manual_seed(1)
-    tokens, weights = torch.randint(0, 60, (7, 6)), torch.randn(7, 6)
-    model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        scored = completion_logp(model, PROMPTS, tokens, LENGTHS, packed=True, fused=fused)
-    (scored.logp * weights).sum().backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"logp": scored.logp.detach()} | grads
-
-
-def gap(mine: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Largest difference, relative to the largest value of each tensor."""
-    assert mine.keys() == other.keys()
-    return max(
-        float((mine[name] - other[name]).abs().max() / other[name].abs().max().clamp(min=1e-30))
-        for name in other
-    )
+from support.passes import LENGTHS, PROMPTS, build, gap, needs_kernels, outcome
 
 
 @needs_kernels
@@ -113,7 +73,6 @@ def test_what_is_not_like_it_goes_the_plain_way():
     dropping = build("llama")
     dropping.config.attention_dropout = 0.1
     assert find_pass(dropping) is None
-    assert find_pass(attach(build("llama"), Lora(rank=2))) is None
     assert find_pass(build("llama").double()) is None
     assert find_pass(build("granite")) is None  # factors of its own in modules of the same names
     for hook in ("register_forward_hook", "register_full_backward_hook"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,12 +85,52 @@ def attach(
     return wrapped.eval()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """What an adapter adds to the matrix of a linear layer: ``scale`` times B A."""
+
+    down: nn.Parameter  # A [r, I]
+    up: nn.Parameter  # B [O, r]
+    scale: float
+
+    @property
+    def weights(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B."""
+        return self.down, self.up
+
+
+def find_low_rank(module: nn.Module) -> tuple[nn.Linear, LowRank | None] | None:
+    """A linear layer in PEFT's wrapper, and what is added to it now (None while it is off).
+
+    None if ``module`` is something else, or computes more than that: dropout, several adapters,
+    a variant such as DoRA, biases.
+    """
+    peft = sys.modules.get("peft")
+    if peft is None or type(module) is not peft.tuners.lora.Linear:
+        return None
+    layer: Any = module
+    base, active = layer.base_layer, [x for x in layer.active_adapters if x in layer.lora_A]
+    if type(base) is not nn.Linear or layer.fan_in_fan_out:
+        return None
+    if layer.disable_adapters or layer.merged or not active:
+        # what is merged and switched off is taken out again by the next forward
+        return None if layer.merged and layer.disable_adapters else (base, None)
+    name, *others = active
+    down, up, dropout = (part[name] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    is_plain = (
+        not others
+        and name not in layer.lora_variant
+        and type(down) is type(up) is nn.Linear
+        and down.bias is up.bias is None
+        and (type(dropout) is nn.Identity or not dropout.training)
+    )
+    return (base, LowRank(down.weight, up.weight, float(layer.scaling[name]))) if is_plain else None
+
+
 def is_adapted(model: nn.Module) -> bool:
     """Whether ``model`` carries a PEFT adapter."""
-    try:
-        return isinstance(model, _peft().PeftModel)
-    except ImportError:
-        return False
+    peft = sys.modules.get("peft")  # who has an adapter has imported it
+    return peft is not None and isinstance(model, peft.PeftModel)
 
 
 @contextmanager

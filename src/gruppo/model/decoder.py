@@ -1,17 +1,19 @@
 """The parts of a pre-norm decoder of Llama's kind, found by the names and types of its modules.
 
-Llama, SmolLM, Mistral, Qwen 2 and Qwen 3 are built like that. What is found here only looks like
-such a decoder: that it computes like one is for those to find out who compute it otherwise
-(``decoder_pass.py`` in training, the local engine in sampling).
+Llama, SmolLM, Mistral, Qwen 2 and Qwen 3 are built like that, with an adapter or without. What is
+found here only looks like such a decoder: that it computes like one is for those to find out who
+compute it otherwise (``decoder_pass.py`` in training, the local engine in sampling).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from gruppo.model.adapter import LowRank, base_model, find_low_rank
 
 Group = tuple[nn.Linear, ...]
 """Layers that read the same rows."""
@@ -35,7 +37,8 @@ class Norm:
 class Layer:
     """One layer: attention and gated linear unit, a norm before each.
 
-    ``scaling`` multiplies the scores of attention; None if the module does not say.
+    ``scaling`` multiplies the scores of attention; None if the module does not say. ``adapters``
+    are those of its linear layers that have one that is switched on.
     """
 
     before_attention: Norm
@@ -46,6 +49,7 @@ class Layer:
     before_mlp: Norm
     gate_up: Group
     down: Group
+    adapters: Mapping[nn.Linear, LowRank]
 
     @property
     def joints(self) -> tuple[Group, Group, Group, Group]:
@@ -53,12 +57,13 @@ class Layer:
         return self.query_key_value, self.out, self.gate_up, self.down
 
     def parameters(self) -> list[nn.Parameter]:
-        """Weights and biases."""
+        """Weights and biases, those of adapters last."""
         linears = [layer for joint in self.joints for layer in joint]
         norms = (self.before_attention, self.before_mlp, *self.head_norms)
         return [
             *(norm.weight for norm in norms if norm is not None),
             *(parameter for layer in linears for parameter in layer.parameters()),
+            *(weight for adapter in self.adapters.values() for weight in adapter.weights),
         ]
 
 
@@ -74,16 +79,22 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The type of all parameters; None if they have several."""
-        kinds = {p.dtype for layer in self.layers for p in layer.parameters()}
-        kinds |= {p.dtype for p in self.embedding.parameters()} | {self.norm.weight.dtype}
-        kinds |= {layer.weight.dtype for layer in self.head}
-        return kinds.pop() if len(kinds) == 1 else None
+        """The type of all parameters, but for frozen matrices in bfloat16; None for several."""
+        inner = [parameter for layer in self.layers for parameter in layer.parameters()]
+        outer = [self.norm.weight, *(layer.weight for layer in self.head)]
+        kind = self.embedding.weight.dtype
+        is_one = all(p.dtype == kind or _is_cast(p) for p in (*inner, *outer))
+        return kind if is_one else None
 
     @property
     def together(self) -> list[Group]:
         """Layers that read the same rows."""
         return [group for layer in self.layers for group in (layer.query_key_value, layer.gate_up)]
+
+
+def _is_cast(parameter: Tensor) -> bool:
+    """Whether it may have been cast to what products are in (see ``precision.py``)."""
+    return parameter.dtype == torch.bfloat16 and parameter.ndim == 2 and not parameter.requires_grad
 
 
 class _Unlike(Exception):
@@ -102,7 +113,7 @@ def find_decoder(model: nn.Module, *, device: str = "cpu") -> Decoder | None:
                 not (module._forward_hooks or module._forward_pre_hooks)
                 and "forward" not in vars(module)
             )
-        return _decoder(model)
+        return _decoder(base_model(model))
     except _Unlike:
         return None
 
@@ -119,7 +130,7 @@ def _decoder(model: nn.Module) -> Decoder:
         rotary=body["rotary_emb"],
         layers=tuple(_layer(layer) for layer in layers.children()),
         norm=_norm(body["norm"]),
-        head=_linears(top, "lm_head"),
+        head=_linears(top, "lm_head", adapters=None),
     )
 
 
@@ -132,15 +143,17 @@ def _layer(module: nn.Module) -> Layer:
     _expect(torch.equal(activation(points), nn.functional.silu(points)))
     scaling = vars(parts["self_attn"]).get("scaling")
     query, key = (_norm(attention[n]) if n in attention else None for n in ("q_norm", "k_norm"))
+    adapters: dict[nn.Linear, LowRank] = {}
     return Layer(
         before_attention=_norm(parts["input_layernorm"]),
-        query_key_value=_linears(attention, "q_proj", "k_proj", "v_proj"),
+        query_key_value=_linears(attention, "q_proj", "k_proj", "v_proj", adapters=adapters),
         scaling=scaling if isinstance(scaling, float) else None,
         head_norms=(query, key),
-        out=_linears(attention, "o_proj"),
+        out=_linears(attention, "o_proj", adapters=adapters),
         before_mlp=_norm(parts["post_attention_layernorm"]),
-        gate_up=_linears(mlp, "gate_proj", "up_proj"),
-        down=_linears(mlp, "down_proj"),
+        gate_up=_linears(mlp, "gate_proj", "up_proj", adapters=adapters),
+        down=_linears(mlp, "down_proj", adapters=adapters),
+        adapters=adapters,
     )
 
 
@@ -154,15 +167,21 @@ def _children(
     return children
 
 
-def _linears(modules: dict[str, nn.Module], *names: str) -> Group:
-    return tuple(_only_linears(modules[name] for name in names))
-
-
-def _only_linears(modules: Iterator[nn.Module]) -> Iterator[nn.Linear]:
-    for module in modules:
-        _expect(type(module) is nn.Linear)
-        assert isinstance(module, nn.Linear)
-        yield module
+def _linears(
+    modules: dict[str, nn.Module], *names: str, adapters: dict[nn.Linear, LowRank] | None
+) -> Group:
+    """Linear layers, whose adapters are added to ``adapters`` (None: they must have none)."""
+    group = []
+    for name in names:
+        layer, module = modules[name], modules[name]
+        if adapters is not None and (found := find_low_rank(module)) is not None:
+            layer, low_rank = found
+            if low_rank is not None:
+                adapters[found[0]] = low_rank
+        _expect(type(layer) is nn.Linear)
+        assert isinstance(layer, nn.Linear)
+        group.append(layer)
+    return tuple(group)
 
 
 def _norm(module: nn.Module) -> Norm:

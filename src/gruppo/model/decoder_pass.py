@@ -10,7 +10,7 @@ without a compiler, takes transformers' forward, which is the tested equal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from gruppo import native
 from gruppo.model.casts import Casts
-from gruppo.model.decoder import Decoder, Group, Layer, find_decoder
+from gruppo.model.decoder import Decoder, Layer, find_decoder
 from gruppo.model.gradient import give, give_rows
-from gruppo.model.joint import Joint, give_products
+from gruppo.model.linears import Linears, Matrices
 from gruppo.model.packing import Packing
 from gruppo.model.parts import text_config
 from gruppo.model.products import Products, choosing, current_products
@@ -149,37 +149,6 @@ class _Row:
         return cls(parts=parts, cosine=cosine, sine=sine, dtype=dtype, casts=casts)
 
 
-@dataclass(frozen=True, slots=True)
-class _Linears:
-    """Linear layers that read the same rows: where their parameters stand."""
-
-    weights: tuple[int, ...]
-    biases: tuple[int | None, ...]
-    sizes: tuple[int, ...]
-
-    def joint(self, parameters: Sequence[Tensor], row: _Row) -> Joint:
-        """Their matrix, for one product: what it is cut into goes with it."""
-        return Joint([parameters[at] for at in self.weights], row.dtype, row.casts)
-
-    def forward(self, rows: Tensor, parameters: Sequence[Tensor], row: _Row) -> Tensor:
-        """All their results side by side."""
-        return self.joint(parameters, row).forward(rows, self.bias(parameters, row.dtype))
-
-    def backward(self, grad: Tensor, parameters: Sequence[Tensor], row: _Row) -> Tensor:
-        """The gradient of the rows they took."""
-        return self.joint(parameters, row).backward(grad)
-
-    def bias(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "O"] | None:
-        """The layers' biases side by side, 0 for a layer without one; None if none has one."""
-        if all(at is None for at in self.biases):
-            return None
-        made = parameters[self.weights[0]].new_zeros(sum(self.sizes), dtype=dtype)
-        for part, at in zip(made.split(self.sizes), self.biases, strict=True):
-            if at is not None:
-                part.copy_(parameters[at].detach())
-        return made
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
     """A layer without its weights: its numbers, and the places of its parameters."""
@@ -187,27 +156,23 @@ class _Plan:
     epsilons: tuple[float, float]
     scaling: float
     mixed: int  # width of all heads' results
-    linears: tuple[_Linears, ...]  # as Layer.joints has them
+    linears: tuple[Linears, ...]  # as Layer.joints has them
 
     @classmethod
     def of(cls, layer: Layer) -> _Plan:
         """For parameters in the order of ``Layer.parameters``."""
         place = {id(parameter): at for at, parameter in enumerate(layer.parameters())}
-
-        def linears(group: Group) -> _Linears:
-            return _Linears(
-                weights=tuple(place[id(module.weight)] for module in group),
-                biases=tuple(None if m.bias is None else place[id(m.bias)] for m in group),
-                sizes=tuple(module.out_features for module in group),
-            )
-
         assert layer.scaling is not None, "find_pass has looked"
         return cls(
             epsilons=(layer.before_attention.epsilon, layer.before_mlp.epsilon),
             scaling=layer.scaling,
             mixed=layer.out[0].in_features,
-            linears=tuple(linears(joint) for joint in layer.joints),
+            linears=tuple(Linears.of(joint, layer.adapters, place) for joint in layer.joints),
         )
+
+    def matrices(self, parameters: Sequence[Tensor], row: _Row) -> Iterator[Matrices]:
+        """Those of the linear layers, for one pass over ``row``."""
+        return (linears.on(parameters, row.dtype, row.casts) for linears in self.linears)
 
 
 class _Layer(torch.autograd.Function):
@@ -216,26 +181,26 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, row: _Row, plan: _Plan, *parameters: Tensor) -> Tensor:
         dtype = row.dtype
-        query_key_value, out, gate_up, down = plan.linears
+        query_key_value, out, gate_up, down = plan.matrices(parameters, row)
         first, second = parameters[0].detach(), parameters[1].detach()
         _, normed, scale = native.norm_forward(
             hidden, None, weight=first, epsilon=plan.epsilons[0], dtype=dtype
         )
-        heads = _Heads.of(query_key_value.forward(normed, parameters, row), row, plan)
+        heads = _Heads.of(query_key_value.forward(normed), row, plan)
         mixed = normed.new_empty(len(hidden), plan.mixed)
         lse = heads.attention(row, plan).attend(heads.rows(mixed))
-        update = out.forward(mixed, parameters, row)
+        update = out.forward(mixed)
         between, normed, _ = native.norm_forward(
             hidden, update, weight=second, epsilon=plan.epsilons[1], dtype=dtype
         )
-        gates = gate_up.forward(normed, parameters, row)
+        gates = gate_up.forward(normed)
         # parameters too, so that autograd sees changes in place
         ctx.save_for_backward(
             *(hidden, scale, heads.query, heads.key, heads.value, mixed, lse, update, gates),
             *parameters,
         )
         ctx.row, ctx.plan, ctx.products, ctx.parameters = row, plan, current_products(), parameters
-        return between + down.forward(native.swiglu(gates), parameters, row)
+        return between + down.forward(native.swiglu(gates))
 
     @staticmethod
     @once_differentiable
@@ -248,9 +213,9 @@ class _Layer(torch.autograd.Function):
         found = _Found(parameters, ctx.needs_input_grad[3:])
         carry = grad_outputs[0].contiguous()
         with torch.autocast("cpu", enabled=False), choosing(ctx.products):
-            query_key_value, out, gate_up, down = plan.linears
+            query_key_value, out, gate_up, down = plan.matrices(parameters, row)
             grad = carry.to(row.dtype)
-            to_gates, opened = native.swiglu_backward(gates, down.backward(grad, parameters, row))
+            to_gates, opened = native.swiglu_backward(gates, down.backward(grad))
             found.add(down, grad, opened)
             # made again: it is as large as all heads together
             between, _, other = native.norm_forward(
@@ -260,12 +225,12 @@ class _Layer(torch.autograd.Function):
                 between,
                 second,
                 scale=other,
-                grad=gate_up.backward(to_gates, parameters, row),
+                grad=gate_up.backward(to_gates),
                 carry=carry,
             )
             found.add_norm(1, of_norm)
             found.add(gate_up, to_gates, normed)
-            given = out.backward(grad, parameters, row)
+            given = out.backward(grad)
             found.add(out, grad, mixed)
             attention = heads.attention(row, plan)
             sums = attention.backward(heads.rows(given), out=heads.rows(mixed), lse=lse)
@@ -276,7 +241,7 @@ class _Layer(torch.autograd.Function):
                 hidden,
                 first,
                 scale=scale,
-                grad=query_key_value.backward(packed, parameters, row),
+                grad=query_key_value.backward(packed),
                 carry=carry,
             )
             found.add_norm(0, of_norm)
@@ -319,18 +284,9 @@ class _Found:
         """That of a norm's weight."""
         self._give(place, grad)
 
-    def add(self, linears: _Linears, grad: Tensor, rows: Tensor) -> None:
+    def add(self, matrices: Matrices, grad: Tensor, rows: Tensor) -> None:
         """Those of linear layers, from the gradient of their result and the rows they took."""
-        wanted = [self._wanted[at] for at in linears.weights]
-        if any(wanted):
-            weights = [self._parameters[at] for at in linears.weights]
-            made = give_products(weights, wanted, grad=grad, rows=rows)
-            self._by_place.update(zip(linears.weights, made, strict=True))
-        if any(at is not None for at in linears.biases):
-            summed = grad.sum(0, dtype=torch.float32).split(linears.sizes)
-            for at, part in zip(linears.biases, summed, strict=True):
-                if at is not None:
-                    self._give(at, part)
+        self._by_place.update(matrices.gradients(grad, rows, self._wanted))
 
     def gradients(self) -> list[Tensor | None]:
         """One for each parameter; None where none is wanted, or where it has been added."""

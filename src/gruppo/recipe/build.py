@@ -219,10 +219,12 @@ def _resolve(recipe: Recipe, reward: RewardSet, report: Report) -> Parts:
         environment=opened.environment,
     )
     refuse_wrong_grading(recipe.reward, reward, problems, report)
-    return _assemble(recipe, opened, reward, problems)
+    return _assemble(recipe, opened, reward, problems, report)
 
 
-def _assemble(recipe: Recipe, opened: Opened, reward: RewardSet, problems: Splits) -> Parts:
+def _assemble(
+    recipe: Recipe, opened: Opened, reward: RewardSet, problems: Splits, report: Report
+) -> Parts:
     objective = recipe.objective.build(max_tokens=recipe.rollout.max_tokens)
     policy = Policy(
         opened.model,
@@ -234,6 +236,8 @@ def _assemble(recipe: Recipe, opened: Opened, reward: RewardSet, problems: Split
         packing=recipe.model.packing,
         products=opened.products,
     )
+    if recipe.model.packing and not policy.packed:
+        report(f"policy: {recipe.model.name} cannot be packed, so prompts are trained once a row")
     rollouts = Rollouts(
         engine=opened.engine,
         encoder=opened.encoder,

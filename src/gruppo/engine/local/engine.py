@@ -39,7 +39,7 @@ from gruppo.engine.local.waves import Waves
 from gruppo.memory import Fitting
 from gruppo.model.decoder import find_decoder
 from gruppo.model.parts import context_length, text_config
-from gruppo.model.products import Products
+from gruppo.model.products import Products, choosing
 from gruppo.types import Completion, Request, Sampling
 
 _COMPUTE_DTYPES = (torch.float32, torch.float64, *HALF)
@@ -242,6 +242,7 @@ class LocalEngine:
             packed_linears(model, dtype, rows=slots, together=together, products=self._products)
             if steps >= WORTHWHILE
             else nullcontext(plain_product) as products,
+            choosing(self._products),
         ):
             layers = text_config(model).num_hidden_layers
             store = Store(layers, slots=slots, dtype=dtype or next(model.parameters()).dtype)

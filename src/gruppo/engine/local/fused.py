@@ -8,15 +8,19 @@ and no gradient, and serves only decoders of Llama's kind.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import final
 
+import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from gruppo import native
-from gruppo.engine.local.packed import Products
+from gruppo.engine.local.packed import Product, Products
 from gruppo.engine.local.store import Decode, Store
-from gruppo.model.decoder import Decoder, Norm
+from gruppo.model.adapter import LowRank
+from gruppo.model.decoder import Decoder, Group, Layer, Norm
+from gruppo.model.low_rank import Factors, LowRanks
 
 _Norm = tuple[Tensor, float]
 
@@ -35,18 +39,7 @@ class FusedStep:
         self._store = store
         self._embedding = decoder.embedding
         self._rotary = decoder.rotary
-        self._layers = [
-            native.DecodeLayer(
-                before_attention=_wide(layer.before_attention),
-                query_key_value=products(layer.query_key_value),
-                head_norms=(_wide_or_none(layer.head_norms[0]), _wide_or_none(layer.head_norms[1])),
-                out=products(layer.out),
-                before_mlp=_wide(layer.before_mlp),
-                gate_up=products(layer.gate_up),
-                down=products(layer.down),
-            )
-            for layer in decoder.layers
-        ]
+        self._layers = [_layer(layer, products, store.dtype) for layer in decoder.layers]
         self._norm = _wide(decoder.norm)
         self._head = products(decoder.head)
         self._together = None
@@ -99,10 +92,34 @@ class FusedStep:
         return native.add_norm(hidden, update, weight, epsilon=epsilon, dtype=self._store.dtype)
 
 
+def _layer(layer: Layer, products: Products, dtype: torch.dtype) -> native.DecodeLayer:
+    query_key_value, out, gate_up, down = (
+        _with_adapters(products(group), group, layer.adapters, dtype) for group in layer.joints
+    )
+    query, key = (None if norm is None else _wide(norm) for norm in layer.head_norms)
+    return native.DecodeLayer(
+        before_attention=_wide(layer.before_attention),
+        query_key_value=query_key_value,
+        head_norms=(query, key),
+        out=out,
+        before_mlp=_wide(layer.before_mlp),
+        gate_up=gate_up,
+        down=down,
+    )
+
+
+def _with_adapters(
+    product: Product, group: Group, adapters: Mapping[nn.Linear, LowRank], dtype: torch.dtype
+) -> Product:
+    """``product``, and what the adapters of the group's layers add to it."""
+    found = [adapters.get(layer) for layer in group]
+    if not any(found):
+        return product
+    factors = [None if x is None else Factors(x.down, x.up, x.scale) for x in found]
+    added = LowRanks(factors, [layer.out_features for layer in group], dtype)
+    return lambda rows: product(rows).add_(added.forward(rows))
+
+
 def _wide(norm: Norm) -> _Norm:
     """A norm's weight in float32, and its epsilon."""
     return norm.weight.detach().float().contiguous(), norm.epsilon
-
-
-def _wide_or_none(norm: Norm | None) -> _Norm | None:
-    return None if norm is None else _wide(norm)

@@ -67,7 +67,7 @@ def packed_linears(
     ]
     joined = {layer for group in together for layer in group}
     groups = [*together, *((layer,) for layer in layers if layer not in joined)]
-    is_native = products == "native" and _are_native(layers, dtype)
+    is_native = products == "native" and all(_is_native(group, dtype) for group in groups)
     if not (layers and (is_native or all(_is_supported(w, dtype) for w in _kinds(layers)))):
         yield plain_product
         return
@@ -151,15 +151,15 @@ def _kinds(layers: Sequence[nn.Linear]) -> list[Tensor]:
     return list({(str(m.weight.device), m.weight.dtype): m.weight for m in layers}.values())
 
 
-def _are_native(layers: Sequence[nn.Linear], dtype: torch.dtype | None) -> bool:
-    """Whether the own kernels multiply by all these matrices; joint ones are of one type then."""
-    kinds = _kinds(layers)
+def _is_native(group: Group, dtype: torch.dtype | None) -> bool:
+    """Whether the own kernels multiply by these matrices together."""
+    kinds = {layer.weight.dtype for layer in group}
     return len(kinds) == 1 and all(
-        weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
-        and native.can_multiply(dtype or weight.dtype)
-        and all(is_plain(layer.weight) for layer in layers)
-        for weight in kinds
+        layer.weight.device.type == "cpu"
+        and layer.weight.dtype in (torch.float32, torch.bfloat16)
+        and native.can_multiply(dtype or layer.weight.dtype)
+        and is_plain(layer.weight)
+        for layer in group
     )
 
 

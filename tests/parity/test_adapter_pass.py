@@ -1,0 +1,178 @@
+"""Adapters in the short training pass and the short decode step: the model's own numbers."""
+
+import pytest
+import torch
+from torch import nn
+
+from gruppo import native
+from gruppo.engine import LocalEngine
+from gruppo.engine.local.probe import can_fuse as can_fuse_step
+from gruppo.model import Lora, attach, can_fuse, can_pack, completion_logp, logprob, multiplying
+from gruppo.model.adapter import find_low_rank, without_adapter
+from gruppo.model.decoder import find_decoder
+from gruppo.model.decoder_pass import find_pass
+from gruppo.model.logprob import Scored
+from gruppo.model.low_rank import Factors, LowRanks
+from gruppo.types import Request, Sampling
+from support.engines import letters
+from support.passes import LENGTHS, PROMPTS, build, gap, needs_kernels, outcome
+
+peft = pytest.importorskip("peft")
+
+
+def adapted(name: str = "llama", *, half: bool = False, **options: object) -> nn.Module:
+    """A model whose adapter has been trained: B is not 0."""
+    dtype = torch.bfloat16 if half else torch.float32
+    model = attach(build(name), Lora(rank=3, alpha=7.0, **options), compute_dtype=dtype)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for place, parameter in model.named_parameters():
+            if "lora_B" in place:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def test_what_adapters_add_by_hand():
+    """Two layers of three, with ranks 1 and 2: 3 * [1 2] x, and 0.5 * B A x."""
+    rows = torch.tensor([[1.0, 1.0], [2.0, -1.0]])
+    first = Factors(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [0.0]]), 3.0)
+    last = Factors(torch.eye(2), torch.tensor([[0.0, 4.0]]), 0.5)
+    ranks = LowRanks([first, None, last], [2, 1, 1], torch.float32)
+    assert ranks.forward(rows).tolist() == [[9.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, -2.0]]
+    grad = torch.tensor([[1.0, 5.0, 7.0, 1.0], [0.0, 1.0, 2.0, 3.0]])
+    # 3 * 1 * [1 2] + 0.5 * 1 * 4 * [0 1]; 0.5 * 3 * 4 * [0 1]
+    assert ranks.backward(grad).tolist() == [[3.0, 8.0], [0.0, 6.0]]
+    (down, up), (other_down, other_up) = ranks.gradients(grad, rows, [(True, True)] * 2)
+    assert down.tolist() == [[3.0, 3.0]]  # 3 * x of the first row
+    assert up.tolist() == [[9.0], [9.0 * 5]]  # A x is 3 and 0
+    assert other_down.tolist() == [[0.0, 0.0], [2.0 + 12.0, 2.0 - 6.0]]
+    assert other_up.tolist() == [[0.5 * (1 + 3 * 2), 0.5 * (1 - 3)]]
+    assert ranks.gradients(grad, rows, [(False, False)] * 2) == [(None, None)] * 2
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # qwen2 has biases
+@pytest.mark.parametrize("products", ["torch", "onednn", "native"])
+def test_values_and_gradients(name, products):
+    model = adapted(name)
+    assert can_pack(model)
+    assert can_fuse(model)
+    with multiplying(products):
+        mine, other = outcome(model, fused=True), outcome(model, fused=False)
+    assert len(mine) == 1 + 2 * 7 * 2  # log-probabilities; A and B of seven matrices, two layers
+    assert gap(mine, other) < 2e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("targets", [("q_proj", "down_proj"), ("up_proj",), ("k_proj", "o_proj")])
+def test_some_matrices_alone_have_one(targets):
+    model = adapted(targets=targets)
+    assert len(find_decoder(model).layers[0].adapters) == len(targets)
+    assert gap(outcome(model, fused=True), outcome(model, fused=False)) < 2e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("products", ["torch", "native"])
+def test_bfloat16_is_as_far_from_float32_as_autocast_is(products):
+    if products == "native" and not native.can_multiply(torch.bfloat16):
+        pytest.skip("no native bfloat16 products here")
+    exact, model = outcome(adapted(), fused=False), adapted(half=True)
+    with multiplying(products):
+        ours = gap(outcome(model, fused=True, half=True), exact)
+    theirs = gap(outcome(model, fused=False, half=True), exact)
+    assert theirs > 1e-3
+    assert ours < 1.5 * theirs
+
+
+@needs_kernels
+def test_switched_off_it_is_the_base_model():
+    model, tokens = adapted(), torch.randint(0, 60, (7, 6))
+
+    def logp(one: nn.Module) -> torch.Tensor:
+        return completion_logp(one, PROMPTS, tokens, LENGTHS, packed=True, fused=True).logp
+
+    with torch.no_grad():
+        on = logp(model)
+        with without_adapter(model):
+            assert not find_pass(model).layers[0].adapters
+            off = logp(model)
+        assert torch.equal(off, logp(build("llama")))
+        assert torch.equal(on, logp(model))
+    assert (on - off).abs().max() > 0.1
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore")  # of peft, about transformers and what cannot be merged
+def test_adapters_that_compute_more_go_the_plain_way():
+    dropping = adapted(dropout=0.1)
+    assert find_pass(dropping.train()) is None
+    assert find_pass(dropping.eval()) is not None
+    for other in ({"use_dora": True}, {"lora_bias": True}, {"target_modules": ["lm_head"]}):
+        settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **other}
+        assert find_pass(peft.get_peft_model(build("llama"), peft.LoraConfig(**settings))) is None
+    twice = adapted()
+    twice.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    twice.base_model.set_adapter(["default", "second"])
+    assert find_pass(twice) is None
+    twice.base_model.set_adapter(["default"])
+    assert find_pass(twice) is not None
+
+
+@needs_kernels
+def test_one_that_is_merged_is_in_the_matrices():
+    model = adapted()
+    before = outcome(model, fused=True)["logp"]
+    model.merge_adapter()
+    assert not find_pass(model).layers[0].adapters
+    torch.manual_seed(1)  # as outcome does
+    tokens = torch.randint(0, 60, (7, 6))
+    merged = completion_logp(model, PROMPTS, tokens, LENGTHS, packed=True, fused=True).logp
+    assert (merged - before).abs().max() < 1e-4
+    with without_adapter(model):
+        assert find_pass(model) is None  # peft takes it out at the next forward
+
+
+def test_what_is_no_adapter_is_none():
+    assert find_low_rank(nn.Linear(2, 2)) is None
+
+
+@needs_kernels
+@pytest.mark.parametrize("half", [False, True])
+def test_a_decode_step_has_the_adapter(half):
+    """Its log-probabilities are those of transformers' own forward, adapter and all."""
+    if half and not native.can_multiply(torch.bfloat16):
+        pytest.skip("no native bfloat16 products here")
+    model = adapted(half=half)
+    dtype = torch.bfloat16 if half else torch.float32
+    assert can_fuse_step(model, dtype)
+    engine = LocalEngine(model, letters, pad_token=0, compute_dtype=dtype, products="native")
+    assert engine.is_shared
+    requests = [Request(tokens=(5, 6, 7), num_samples=3, key=(0, 0))]
+    (drawn,) = engine.generate(requests, Sampling(max_tokens=40))  # enough for own panels
+    tokens = torch.tensor([[*c.tokens, *[0] * (40 - len(c.tokens))] for c in drawn])
+    length = torch.tensor([len(c.tokens) for c in drawn])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        plain = completion_logp(model, [(5, 6, 7)] * 3, tokens, length).logp
+        with without_adapter(model):
+            base = completion_logp(model, [(5, 6, 7)] * 3, tokens, length).logp
+    mine = torch.tensor([[*c.logp, *[0.0] * (40 - len(c.logp))] for c in drawn])
+    error = (mine - plain).abs()
+    assert float(error.mean()) < (2e-2 if half else 1e-5)
+    assert (mine - base).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize(("off", "everywhere", "packs"), [(0.8, False, True), (0.21, True, False)])
+def test_one_unlikely_token_does_not_keep_an_adapter_from_being_packed(
+    monkeypatch, off, everywhere, packs
+):
+    """Of -20, rounding in bfloat16 may take more than the bound, which is one for the mean."""
+
+    def scored(model, prompts, tokens, length, *, packed, fused):
+        logp = torch.full(tokens.shape, -5.0)
+        if packed:
+            logp[:, : None if everywhere else 1][: None if everywhere else 1] += off
+        valid = torch.arange(tokens.shape[1]) < length[:, None]
+        return Scored(logp=logp * valid, entropy=None)
+
+    monkeypatch.setattr(logprob, "completion_logp", scored)
+    assert can_pack(adapted(half=True)) is packs
