@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -16,6 +15,7 @@ from gruppo import dist
 from gruppo.engine.local.batch import plan_waves
 from gruppo.engine.local.cache import plain_columns
 from gruppo.engine.local.schedule import Schedule, rows_of
+from gruppo.memory import resident_bytes
 from gruppo.model import Products, can_choose
 from gruppo.model.classifier import classifier_bytes
 from gruppo.model.footprint import Footprint, Shape, footprint
@@ -197,7 +197,7 @@ def memory(
 
 def process_bytes(recipe: Recipe) -> int:
     """What Python and its libraries take, once a model is open; 0 where a device is planned for."""
-    return max(_resident(), _OPENED) if pin(recipe.model).device == "cpu" else 0
+    return max(resident_bytes(), _OPENED) if pin(recipe.model).device == "cpu" else 0
 
 
 def _held(found: Footprint, largest: Pass) -> int:
@@ -309,13 +309,3 @@ def _head_product(found: Footprint, products: Products) -> int:
         return found.head
     # the own kernels add what leaves their registers
     return 0 if products == "native" else found.head * found.logits // found.vocabulary
-
-
-def _resident() -> int:
-    """Bytes of this process now; 0 where that is not told."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    return 0

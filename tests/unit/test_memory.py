@@ -3,16 +3,19 @@
 import logging
 import os
 import platform
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from gruppo import memory
 from gruppo.engine import LocalEngine
 from gruppo.errors import OutOfMemory
 from gruppo.memory import Fitting, is_out_of_memory, release_heap
 from gruppo.metric import reduce
+from gruppo.model import cast_frozen, load
 from gruppo.policy import Policy
 from gruppo.settings import UpdateSettings
 from gruppo.types import Request, Sampling
@@ -160,3 +163,46 @@ def test_drawing_goes_on_with_fewer_rows(tiny_folder, monkeypatch):
     drawn = engine.generate(requests, sampling)
     assert [c.tokens for c in drawn[0]] == [c.tokens for c in expected[0]]
     assert engine._fitting.limit == 1
+
+
+def test_holes_go_back_whenever_the_process_has_grown_by_so_much(monkeypatch):
+    """128 MiB, looked at whenever 8 MiB have passed; what stays after it is the new level."""
+    mib = 2**20
+    sizes = iter([100, 220, 240, 180, 300, 309, 240])  # at first, and at every look
+    looks: list[int] = []
+    released: list[int] = []
+
+    def resident() -> int:
+        looks.append(next(sizes))
+        return looks[-1] * mib
+
+    monkeypatch.setattr(memory, "resident_bytes", resident)
+    monkeypatch.setattr(memory, "release_heap", lambda: released.append(looks[-1]))
+    watch = memory.HoleWatch()
+    for _ in range(16):  # four looks of 8 MiB
+        watch.look(2 * mib)
+    assert looks == [100, 220, 240, 180, 300, 309, 240]
+    assert released == [240, 309]  # above 100 + 128, then above 180 + 128
+    watch.look(7 * mib)
+    assert len(looks) == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_of_this_process():
+    before = memory.resident_bytes()
+    held = bytearray(64 * 2**20)
+    held[::4096] = b"x" * (len(held) // 4096)
+    assert 60 * 2**20 < memory.resident_bytes() - before < 70 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_frozen_model_that_was_cast_lets_go_of_its_file(tiny_folder):
+    """The file is mapped into memory, and one tensor of it would keep all pages that were read."""
+    model = load(str(tiny_folder)).model.requires_grad_(False)
+    before = [weight.clone() for weight in model.parameters()]
+    file = str(tiny_folder / "model.safetensors")
+    assert file in Path("/proc/self/maps").read_text()
+    cast_frozen(model, torch.bfloat16)
+    assert file not in Path("/proc/self/maps").read_text()
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old.to(new.dtype), new)

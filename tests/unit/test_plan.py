@@ -176,7 +176,7 @@ def test_what_a_captured_step_reads_stays_while_training(monkeypatch):
 @pytest.mark.parametrize(("now", "counted"), [(2**28, 13 * 2**30 // 20), (2**30, 2**30)])
 def test_what_opening_a_model_will_load_is_counted(tiny_folder, monkeypatch, now, counted):
     """A plan is made before that; one that is made later counts what is there."""
-    monkeypatch.setattr(plan, "_resident", lambda: now)
+    monkeypatch.setattr(plan, "resident_bytes", lambda: now)
     assert plan.memory(recipe(tiny_folder), prompt_tokens=10).process == counted
 
 

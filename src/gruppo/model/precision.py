@@ -77,6 +77,10 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and _castable(module.weight, embeddings):
             module.weight.data = module.weight.data.to(dtype)
+    for tensor in (*model.parameters(), *model.buffers()):
+        # a part of a file that is mapped into memory would keep all of it there, what was cast too
+        if tensor.device.type == "cpu" and not tensor.requires_grad:
+            tensor.data = tensor.data.clone()
 
 
 def _castable(weight: Tensor, embeddings: set[int]) -> bool:

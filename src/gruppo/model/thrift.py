@@ -4,7 +4,8 @@ Norms and gated activations are chains of products and nonlinearities of which a
 link: of ``silu(gate) * up`` four tensors, where ``gate`` and ``up`` are enough. Inside
 :func:`thrifty`, a tensor that such an operation has made of tensors which are kept anyway is not
 kept but made again by the same operation: gradients stay the same to the bit. It reads what
-autograd knows, whatever the model. Results of matrix products are never made again.
+autograd knows, whatever the model. Results of matrix products are never made again. What it keeps
+lies scattered, so it also watches the holes between (``memory.HoleWatch``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
+
+from gruppo.memory import HoleWatch
 
 _SAME_ORDER: Final = frozenset({"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"})
 _HELD: Final = 2  # newest results: the links of one chain, and what q, k and v share
@@ -78,14 +81,17 @@ def thrifty() -> Iterator[None]:
     It stands in for hooks that were set outside of it: of several, autograd asks the innermost.
     """
     held: list[tuple[int, Tensor]] = []
+    holes = HoleWatch()
 
     def pack(tensor: Tensor) -> Kept | Remade:
+        holes.look(tensor.nbytes)
         found = remade(tensor)
         # detached: an operation's own result would hold the operation, and so itself, for ever
         return Kept(tensor.detach(), tensor._version) if found is None else found
 
     def unpack(kept: Kept | Remade) -> Tensor:
         if isinstance(kept, Kept):
+            holes.look(kept.tensor.nbytes)
             return kept.tensor_unchanged()
         number = kept.node._sequence_nr()  # no node: this closure belongs to all of them
         for known, result in held:
