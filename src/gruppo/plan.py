@@ -181,7 +181,7 @@ def memory(
         gradients=found.trainable,
         held=_held(found, largest),
         moments=2 * found.trainable,
-        reference=found.weights if copied else 0,
+        reference=found.frozen if copied else 0,
         activations=found.saved,
         copies=found.copies,
         head=_head(found, largest.shape.positions, products, cpu=model.device == "cpu"),

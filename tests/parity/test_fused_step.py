@@ -18,7 +18,7 @@ from gruppo.engine.local.probe import can_fuse
 from gruppo.engine.local.schedule import Schedule, rows_of
 from gruppo.engine.local.shared import Drawing
 from gruppo.engine.local.store import Decode, Store
-from gruppo.model import Lora, Products, attach
+from gruppo.model import Products
 from gruppo.model.attention import adopt
 from gruppo.model.decoder import find_decoder
 from gruppo.native import compiled as building
@@ -238,15 +238,6 @@ def replace_forward(model: nn.Module) -> nn.Module:
     return model
 
 
-def adapt(model: nn.Module) -> nn.Module:
-    adapted = attach(model, Lora(rank=2))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    return adapted
-
-
 UNLIKE = {
     "phi3": lambda: build("phi3"),
     "gemma2": lambda: build("gemma2", sliding_window=6, query_pre_attn_scalar=8),
@@ -257,7 +248,6 @@ UNLIKE = {
     "scaled residuals": lambda: scale_residuals(build("llama")),
     "a hook": lambda: hook(build("llama")),
     "a forward of its own": lambda: replace_forward(build("llama")),
-    "an adapter": lambda: adapt(build("llama")),
 }
 
 
@@ -270,10 +260,7 @@ def test_other_models_are_told_apart(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("gemma2", "an adapter") else pytest.param(name, marks=pytest.mark.slow)
-        for name in UNLIKE
-    ],
+    [name if name == "gemma2" else pytest.param(name, marks=pytest.mark.slow) for name in UNLIKE],
 )
 def test_other_models_take_their_own_forward(name: str) -> None:
     model = UNLIKE[name]()

@@ -86,3 +86,14 @@ def test_the_layout_of_two_groups():
     assert packing.source.tolist() == [2, 3, 4, 2, 5, 6]
     assert [(g.start, g.stop) for g in packing.groups] == [(0, 3), (5, 6)]
     assert packing.groups[0].filled.tolist() == [0, 1]
+
+
+def test_a_model_whose_completions_see_each_other_is_not_packed():
+    """It mixes neighbours by a convolution; with an adapter in bfloat16, too."""
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    kinds = {"layer_types": ["conv", "full_attention"], "initializer_range": 0.1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **TINY, **kinds))
+    assert adopt(model.eval())
+    assert not can_pack(model)
+    assert not can_pack(attach(model, Lora(rank=2), compute_dtype=torch.bfloat16))

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -196,11 +197,12 @@ def test_the_memory_of_this_process():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_frozen_model_that_was_cast_lets_go_of_its_file(tiny_folder):
+def test_a_frozen_model_that_was_cast_lets_go_of_its_file(tiny_folder, tmp_path):
     """The file is mapped into memory, and one tensor of it would keep all pages that were read."""
-    model = load(str(tiny_folder)).model.requires_grad_(False)
+    folder = shutil.copytree(tiny_folder, tmp_path / "own")
+    model = load(str(folder)).model.requires_grad_(False)
     before = [weight.clone() for weight in model.parameters()]
-    file = str(tiny_folder / "model.safetensors")
+    file = str(folder / "model.safetensors")
     assert file in Path("/proc/self/maps").read_text()
     cast_frozen(model, torch.bfloat16)
     assert file not in Path("/proc/self/maps").read_text()

@@ -272,6 +272,11 @@ def test_parts_follow_the_recipe(tiny_folder):
     assert plain.reference == 0
     held = plan.memory(recipe(tiny_folder, "objective.kl={beta = 0.1}"), prompt_tokens=10)
     assert held.reference == plain.weights
+    beta = ("objective.kl={beta = 0.1}", "model.compute=bfloat16")
+    half = plan.memory(recipe(tiny_folder, *beta), prompt_tokens=10)
+    model = load(str(tiny_folder)).model  # linear layers but for the head, which is the embedding
+    cast = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("_proj"))
+    assert half.reference == plain.weights - 2 * cast
     low = plan.memory(
         recipe(tiny_folder, "objective.kl={beta = 0.1}", "model.lora={rank = 2}"), prompt_tokens=10
     )

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +105,8 @@ def find_low_rank(module: nn.Module) -> tuple[nn.Linear, LowRank | None] | None:
     None if ``module`` is something else, or computes more than that: dropout, several adapters,
     a variant such as DoRA, biases.
     """
-    peft = sys.modules.get("peft")
-    if peft is None or type(module) is not peft.tuners.lora.Linear:
+    layers = sys.modules.get("peft.tuners.lora.layer")  # who has an adapter has imported it
+    if layers is None or type(module) is not vars(layers).get("Linear"):
         return None
     layer: Any = module
     base, active = layer.base_layer, [x for x in layer.active_adapters if x in layer.lora_A]
@@ -127,10 +127,26 @@ def find_low_rank(module: nn.Module) -> tuple[nn.Linear, LowRank | None] | None:
     return (base, LowRank(down.weight, up.weight, float(layer.scaling[name]))) if is_plain else None
 
 
+@contextmanager
+def awake(adapters: Iterable[LowRank]) -> Iterator[None]:
+    """Within, adapters that still add nothing (B = 0) add something small, so that it shows."""
+    asleep = [adapter.up for adapter in adapters if not adapter.up.any()]
+    with torch.no_grad():
+        for up in asleep:
+            up.copy_(torch.linspace(-0.02, 0.02, up.numel()).view_as(up))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for up in asleep:
+                up.zero_()
+
+
 def is_adapted(model: nn.Module) -> bool:
     """Whether ``model`` carries a PEFT adapter."""
-    peft = sys.modules.get("peft")  # who has an adapter has imported it
-    return peft is not None and isinstance(model, peft.PeftModel)
+    wrappers = sys.modules.get("peft.peft_model")
+    kind = None if wrappers is None else vars(wrappers).get("PeftModel")
+    return kind is not None and isinstance(model, kind)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from gruppo import native
 from gruppo.model.casts import Casts
 from gruppo.model.decoder import Decoder, Layer, find_decoder
 from gruppo.model.gradient import give, give_rows
+from gruppo.model.joint import are_apart
 from gruppo.model.linears import Linears, Matrices
 from gruppo.model.packing import Packing
 from gruppo.model.parts import text_config
@@ -119,8 +120,12 @@ def copied_bytes(decoder: Decoder, *, dtype: torch.dtype, products: Products) ->
     sizes = [sum(module.weight.numel() for module in joint) * dtype.itemsize for joint in joints]
     if products == "native":
         return max(*sizes, 2 * sizes[-1])  # of the head both ways, where logits are made again
-    whole = [len(joint) == 1 and joint[0].weight.dtype == dtype for joint in joints]
-    return sum(size for size, is_whole in zip(sizes, whole, strict=True) if not is_whole)
+    matrices = [[module.weight for module in joint] for joint in joints]
+    as_they_are = [
+        are_apart(joint, dtype) or (len(joint) == 1 and joint[0].dtype == dtype)
+        for joint in matrices
+    ]
+    return sum(size for size, is_free in zip(sizes, as_they_are, strict=True) if not is_free)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

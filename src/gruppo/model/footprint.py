@@ -25,6 +25,7 @@ from gruppo.model.head import logit_rule
 from gruppo.model.logprob import packed_states, pad, padded_states
 from gruppo.model.packing import Packing, pack
 from gruppo.model.parts import causal, embedding, text_config
+from gruppo.model.precision import frozen_bytes
 from gruppo.model.products import Products
 from gruppo.model.source import checkpoint_activations, locate, quiet
 from gruppo.model.thrift import remade
@@ -36,15 +37,17 @@ class Footprint:
     """Bytes of a model and of one forward and backward pass.
 
     ``weights`` counts tied ones once, ``trainable`` those that get a gradient, ``largest`` the
-    largest trainable matrix. ``linears`` are the matrices of linear layers (the head too, tied or
-    not). ``saved`` is what autograd keeps of a forward, ``copies`` what products hold of the
-    weights beside them (0 where ``saved`` has it), ``vocabulary`` the size of one position's
-    logits in float32, ``logits`` of those that are kept for the backward pass.
+    largest trainable matrix, ``frozen`` a frozen copy. ``linears`` are the matrices of linear
+    layers (the head too, tied or not). ``saved`` is what autograd keeps of a forward, ``copies``
+    what products hold of the weights beside them (0 where ``saved`` has it), ``vocabulary`` the
+    size of one position's logits in float32, ``logits`` of those that are kept for the backward
+    pass.
     """
 
     weights: int
     trainable: int
     largest: int
+    frozen: int
     linears: int
     saved: int
     copies: int
@@ -222,6 +225,7 @@ def _count(
         weights=sum(p.nbytes for p in weights.values()),
         trainable=sum(p.nbytes for p in trainable),
         largest=max(p.nbytes for p in trainable),
+        frozen=frozen_bytes(model, compute),
         linears=sum(w.numel() * item for w in linears.values()),
         saved=saved,
         copies=copies,

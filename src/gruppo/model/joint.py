@@ -1,7 +1,8 @@
 """Linear layers that read the same rows, as one matrix: its products and their gradients.
 
 By what multiplies now (``products.py``): torch takes a joint copy in the products' type, which is
-kept from pass to pass; the own kernels take panels that are cut from the weights as they are and
+kept from pass to pass (frozen matrices of that type are taken one by one instead: a copy would stay
+for good); the own kernels take panels that are cut from the weights as they are and
 live as long as the :class:`Joint`, and they sum up the weights' gradients in float32.
 """
 
@@ -50,6 +51,11 @@ class Joint:
             if "forward" not in self._panels:
                 self._panels["forward"] = native.cut_columns(self._weights, self._dtype)
             return native.multiply(rows, self._panels["forward"], bias=bias)
+        if are_apart(self._weights, self._dtype):
+            sizes = [len(weight) for weight in self._weights]
+            biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+            made = [multiply(rows, *both) for both in zip(self._weights, biases, strict=True)]
+            return torch.cat(made, 1)
         return multiply(rows, self._matrix(), bias)
 
     def backward(self, grad: Float[Tensor, "N O"], *, wide: bool = False) -> Float[Tensor, "N I"]:
@@ -62,6 +68,15 @@ class Joint:
                 self._panels["backward"] = native.cut_rows(self._weights, self._dtype)
             dtype = torch.float32 if wide else self._dtype
             return native.multiply(grad, self._panels["backward"], dtype=dtype)
+        if are_apart(self._weights, self._dtype):
+            parts = grad.split([len(weight) for weight in self._weights], 1)
+            first, *others = (
+                multiply(part.contiguous(), weight.detach().t())
+                for part, weight in zip(parts, self._weights, strict=True)
+            )
+            for other in others:
+                first += other
+            return first
         return multiply(grad, self._matrix().t())
 
     def _matrix(self) -> Tensor:
@@ -69,6 +84,11 @@ class Joint:
             made = joined if self._casts is None else self._casts.of
             self._whole = made(self._weights, self._dtype)
         return self._whole
+
+
+def are_apart(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether torch multiplies by several matrices one by one, without a joint copy."""
+    return len(weights) > 1 and not any(w.requires_grad or w.dtype != dtype for w in weights)
 
 
 def is_native(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -1,8 +1,8 @@
 """Adapters of layers that read the same rows, in few products: what they add, and its gradients.
 
-An adapter adds s B A to a layer's matrix (LoRA, arXiv:2106.09685, section 4.1). Those of layers
-that are multiplied together are, too: all A below each other, and every s B in its own rows and
-columns of one matrix that is 0 elsewhere, which costs less than to call them one by one.
+An adapter adds s B A to a layer's matrix (LoRA, arXiv:2106.09685, section 4.1). Where layers read
+the same rows, their adapters are two matrices together: all A below each other, and every s B in
+its own rows and columns of a matrix that is 0 elsewhere. That costs less than one by one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ class LowRanks:
         self, factors: Sequence[Factors | None], sizes: Sequence[int], dtype: torch.dtype
     ) -> None:
         assert len(factors) == len(sizes), "one for every layer"
-        self._dtype = dtype
         self._present = [one for one in factors if one is not None]
         self._results: list[slice] = []  # of each present one, among all layers'
         self._ranks: list[slice] = []  # and its place among all ranks

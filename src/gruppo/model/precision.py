@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gruppo.measured import fastest, remembered
 
@@ -68,23 +68,33 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
     Autocast keeps a cast copy of a weight only while it is trainable; a frozen one would be cast
     anew in every product. Casting it once gives the same products bit for bit, as long as all
-    else (embeddings, norms, biases, and so the residual stream) stays as it is. A matrix shared
-    with an embedding is left alone.
+    else (embeddings, norms, biases, and so the residual stream) stays as it is, though it may move:
+    nothing is left in the file that the model was read from. A matrix shared with an embedding is
+    left alone.
     """
-    embeddings = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and _castable(module.weight, embeddings):
-            module.weight.data = module.weight.data.to(dtype)
-    for tensor in (*model.parameters(), *model.buffers()):
-        # a part of a file that is mapped into memory would keep all of it there, what was cast too
-        if tensor.device.type == "cpu" and not tensor.requires_grad:
-            tensor.data = tensor.data.clone()
+    for weight in _matrices(model):
+        if not weight.requires_grad:
+            weight.data = weight.data.to(dtype)
+    for weight in model.parameters():
+        # what is still in a file that is mapped into memory keeps all of it there, old matrices too
+        if weight.device.type == "cpu" and not weight.untyped_storage().resizable():
+            weight.data = weight.data.clone()
 
 
-def _castable(weight: Tensor, embeddings: set[int]) -> bool:
-    return not weight.requires_grad and weight.is_floating_point() and id(weight) not in embeddings
+def frozen_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """What the weights of ``model`` would take, were all frozen and cast to ``dtype``."""
+    cast = {id(weight) for weight in _matrices(model)} if is_autocast(dtype) else set()
+    return sum(
+        p.numel() * dtype.itemsize if id(p) in cast else p.nbytes for p in model.parameters()
+    )
+
+
+def _matrices(model: nn.Module) -> list[Tensor]:
+    """Those of linear layers, but for one that is shared with an embedding."""
+    modules = list(model.modules())
+    embeddings = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+    linears = {id(m.weight): m.weight for m in modules if isinstance(m, nn.Linear)}
+    return [w for at, w in linears.items() if w.is_floating_point() and at not in embeddings]
 
 
 def is_autocast(dtype: torch.dtype) -> bool:

@@ -84,14 +84,14 @@ def thrifty() -> Iterator[None]:
     holes = HoleWatch()
 
     def pack(tensor: Tensor) -> Kept | Remade:
-        holes.look(tensor.nbytes)
+        holes.look(tensor.numel() * tensor.element_size())
         found = remade(tensor)
         # detached: an operation's own result would hold the operation, and so itself, for ever
         return Kept(tensor.detach(), tensor._version) if found is None else found
 
     def unpack(kept: Kept | Remade) -> Tensor:
         if isinstance(kept, Kept):
-            holes.look(kept.tensor.nbytes)
+            holes.look(kept.tensor.numel() * kept.tensor.element_size())
             return kept.tensor_unchanged()
         number = kept.node._sequence_nr()  # no node: this closure belongs to all of them
         for known, result in held:

@@ -237,7 +237,9 @@ def _assemble(
         products=opened.products,
     )
     if recipe.model.packing and not policy.packed:
-        report(f"policy: {recipe.model.name} cannot be packed, so prompts are trained once a row")
+        report(
+            f"policy: {recipe.model.name} cannot be packed, so each completion has its own prompt"
+        )
     rollouts = Rollouts(
         engine=opened.engine,
         encoder=opened.encoder,

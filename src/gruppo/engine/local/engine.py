@@ -234,20 +234,20 @@ class LocalEngine:
             with replays.ready(model, slots=slots, width=width, columns=steps) as store:
                 yield _Ready(store=store, replays=replays)
             return
-        # anew at every call: an adapter or a hook may have come
-        decoder = find_decoder(model) if self._can_fuse else None
-        together = decoder.together if decoder else ()
-        with (
-            generating(model, self._compute_dtype) as dtype,
-            packed_linears(model, dtype, rows=slots, together=together, products=self._products)
-            if steps >= WORTHWHILE
-            else nullcontext(plain_product) as products,
-            choosing(self._products),
-        ):
-            layers = text_config(model).num_hidden_layers
-            store = Store(layers, slots=slots, dtype=dtype or next(model.parameters()).dtype)
-            advance = FusedStep(decoder, products, store) if decoder else None
-            yield _Ready(store=store, advance=advance)
+        with generating(model, self._compute_dtype) as dtype:
+            # anew at every call: an adapter or a hook may have come
+            decoder = find_decoder(model) if self._can_fuse else None
+            together = decoder.together if decoder else ()
+            copies = (
+                packed_linears(model, dtype, rows=slots, together=together, products=self._products)
+                if steps >= WORTHWHILE
+                else nullcontext(plain_product)
+            )
+            with copies as products, choosing(self._products):
+                layers = text_config(model).num_hidden_layers
+                store = Store(layers, slots=slots, dtype=dtype or next(model.parameters()).dtype)
+                advance = FusedStep(decoder, products, store) if decoder else None
+                yield _Ready(store=store, advance=advance)
 
     def _plain(
         self,

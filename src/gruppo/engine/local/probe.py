@@ -19,6 +19,7 @@ from gruppo.engine.local.schedule import Schedule, rows_of
 from gruppo.engine.local.shared import Advance, Drawing
 from gruppo.engine.local.store import Decode, Piece, Prefill, Store
 from gruppo.memory import is_out_of_memory
+from gruppo.model.adapter import awake
 from gruppo.model.attention import NAME
 from gruppo.model.decoder import Decoder, find_decoder
 from gruppo.model.parts import causal, context_length, text_config
@@ -86,7 +87,8 @@ def can_fuse(model: nn.Module, compute_dtype: torch.dtype) -> bool:
         if kept not in _STEP_TOLERANCE:
             return False
         try:
-            ours, theirs = (_stepped(model, kept, parts) for parts in (decoder, None))
+            with awake(x for layer in decoder.layers for x in layer.adapters.values()):
+                ours, theirs = (_stepped(model, kept, parts) for parts in (decoder, None))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             if is_out_of_memory(error):
                 raise
