@@ -66,7 +66,7 @@ def test_what_adapters_add_by_hand():
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["llama", "qwen2"])  # qwen2 has biases
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])  # biases; norms of heads
 @pytest.mark.parametrize("products", ["torch", "onednn", "native"])
 def test_values_and_gradients(name, products):
     model = adapted(name)

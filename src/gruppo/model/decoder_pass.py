@@ -23,6 +23,7 @@ from gruppo import native
 from gruppo.model.casts import Casts
 from gruppo.model.decoder import Decoder, Layer, find_decoder
 from gruppo.model.gradient import give, give_rows
+from gruppo.model.head_norms import HeadNorms
 from gruppo.model.joint import are_apart
 from gruppo.model.linears import Linears, Matrices
 from gruppo.model.packing import Packing
@@ -33,7 +34,7 @@ from gruppo.model.segments import Segments, part_numbers
 _NUMBERS = (torch.float32, torch.bfloat16)
 # Others have the same modules and compute otherwise (layers without rotation, other rotations,
 # factors), which a few tokens through small weights need not show.
-_KINDS = ("llama", "mistral", "qwen2")
+_KINDS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def find_pass(model: nn.Module, *, device: str = "cpu") -> Decoder | None:
@@ -67,12 +68,13 @@ def _is_plain(layer: Layer) -> bool:
     """Whether types are as they must be, and every parameter is used once."""
     parameters = layer.parameters()
     linears = [linear for joint in layer.joints for linear in joint]
+    norms = [layer.before_attention, layer.before_mlp, *(x for x in layer.head_norms if x)]
     return (
-        layer.head_norms == (None, None)
+        len(norms) in (2, 4)
         and layer.scaling is not None
         and len({id(parameter) for parameter in parameters}) == len(parameters)
         and all(p.dtype in _NUMBERS for module in linears for p in module.parameters())
-        and layer.before_attention.weight.dtype == layer.before_mlp.weight.dtype == torch.float32
+        and all(norm.weight.dtype == torch.float32 for norm in norms)
     )
 
 
@@ -161,6 +163,7 @@ class _Plan:
     epsilons: tuple[float, float]
     scaling: float
     mixed: int  # width of all heads' results
+    head_norms: HeadNorms | None
     linears: tuple[Linears, ...]  # as Layer.joints has them
 
     @classmethod
@@ -172,6 +175,7 @@ class _Plan:
             epsilons=(layer.before_attention.epsilon, layer.before_mlp.epsilon),
             scaling=layer.scaling,
             mixed=layer.out[0].in_features,
+            head_norms=HeadNorms.of(layer),
             linears=tuple(Linears.of(joint, layer.adapters, place) for joint in layer.joints),
         )
 
@@ -191,7 +195,8 @@ class _Layer(torch.autograd.Function):
         _, normed, scale = native.norm_forward(
             hidden, None, weight=first, epsilon=plan.epsilons[0], dtype=dtype
         )
-        heads = _Heads.of(query_key_value.forward(normed), row, plan)
+        packed = query_key_value.forward(normed)
+        heads = _Heads.of(packed, row, plan, parameters)
         mixed = normed.new_empty(len(hidden), plan.mixed)
         lse = heads.attention(row, plan).attend(heads.rows(mixed))
         update = out.forward(mixed)
@@ -201,7 +206,7 @@ class _Layer(torch.autograd.Function):
         gates = gate_up.forward(normed)
         # parameters too, so that autograd sees changes in place
         ctx.save_for_backward(
-            *(hidden, scale, heads.query, heads.key, heads.value, mixed, lse, update, gates),
+            *(hidden, scale, packed, mixed, lse, update, gates),
             *parameters,
         )
         ctx.row, ctx.plan, ctx.products, ctx.parameters = row, plan, current_products(), parameters
@@ -210,11 +215,9 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
-        hidden, scale, query, key, value, mixed, lse, update, *rest = ctx.saved_tensors
-        gates, first, second, *_ = rest
+        hidden, scale, packed, mixed, lse, update, gates, first, second, *_ = ctx.saved_tensors
         # not what was saved of the parameters: another tensor may have come back
         row, plan, parameters = ctx.row, ctx.plan, ctx.parameters
-        heads = _Heads(query, key, value)
         found = _Found(parameters, ctx.needs_input_grad[3:])
         carry = grad_outputs[0].contiguous()
         with torch.autocast("cpu", enabled=False), choosing(ctx.products):
@@ -237,20 +240,26 @@ class _Layer(torch.autograd.Function):
             found.add(gate_up, to_gates, normed)
             given = out.backward(grad)
             found.add(out, grad, mixed)
+            # made again: side by side they are what norms of heads take, too
+            heads = _Heads.of(packed, row, plan, parameters)
             attention = heads.attention(row, plan)
             sums = attention.backward(heads.rows(given), out=heads.rows(mixed), lse=lse)
-            packed = native.join_heads(
+            grad = native.join_heads(
                 sums.query, sums.key, sums.value, row.cosine, row.sine, dtype=row.dtype
             )
+            if plan.head_norms is not None:
+                grad, of_weights = plan.head_norms.backward(packed, grad, parameters)
+                for place, of_norm in of_weights.items():
+                    found.add_norm(place, of_norm)
             carry, _, normed, of_norm = native.norm_backward(
                 hidden,
                 first,
                 scale=scale,
-                grad=query_key_value.backward(packed),
+                grad=query_key_value.backward(grad),
                 carry=carry,
             )
             found.add_norm(0, of_norm)
-            found.add(query_key_value, packed, normed)
+            found.add(query_key_value, grad, normed)
         return carry, None, None, *found.gradients()
 
 
@@ -263,8 +272,10 @@ class _Heads:
     value: Float[Tensor, "K N D"]
 
     @classmethod
-    def of(cls, packed: Tensor, row: _Row, plan: _Plan) -> _Heads:
-        """``packed`` holds them side by side."""
+    def of(cls, packed: Tensor, row: _Row, plan: _Plan, parameters: Sequence[Tensor]) -> _Heads:
+        """``packed`` holds them side by side, as the products made them."""
+        if plan.head_norms is not None:
+            packed = plan.head_norms.forward(packed, parameters)
         key_heads = plan.linears[0].sizes[1] // row.cosine.shape[1]
         return cls(*native.split_heads(packed, row.cosine, row.sine, key_heads=key_heads))
 
