@@ -46,8 +46,11 @@ def test_questions_come_from_the_file(tmp_path: Path):
         Work(data=str(path)).questions(2)
 
 
-def test_phases_add_up_on_the_tiny_model(tiny_folder: Path):
-    work = Work(model=str(tiny_folder), beta=0.04, **SMALL)
+@pytest.mark.parametrize("rank", [0, pytest.param(2, id="an adapter")])
+def test_phases_add_up_on_the_tiny_model(tiny_folder: Path, rank: int):
+    if rank:
+        pytest.importorskip("peft")
+    work = Work(model=str(tiny_folder), beta=0.04, lora_rank=rank, **SMALL)
     found = measure(work, gflops={"float32": 1e-3})
     seconds = found.seconds
     parts = ("sampling", "score", "reference", "forward_backward", "optimizer")
@@ -57,7 +60,7 @@ def test_phases_add_up_on_the_tiny_model(tiny_folder: Path):
     assert seconds["decode"] == max(0.0, seconds["sampling"] - seconds["prefill"])
     used = found.utilisation
     for name in ("reference", "old"):
-        ratio = 3 * seconds[name] / seconds["forward_backward"]
+        ratio = (2 if rank else 3) * seconds[name] / seconds["forward_backward"]
         assert used["forward_backward"] / used[name] == pytest.approx(ratio)
     assert found.padding == 0.0
 
@@ -211,6 +214,8 @@ def test_both_systems_get_the_same_work(tiny_folder: Path, tmp_path: Path):
         versus_trl(work, trl=Trl(python=str(stand_in), micro_batch=3), rounds=1)
     with pytest.raises(ValueError, match="needs text prompts"):
         versus_trl(Work(prompt_tokens=5), trl=Trl(python="x"), rounds=1)
+    with pytest.raises(ValueError, match="--lora-rank 4 cannot be given to TRL"):
+        versus_trl(Work(lora_rank=4, compute="float32"), trl=Trl(python="x"), rounds=1)
 
 
 def test_the_command_writes_a_curve_and_a_picture_of_it(tiny_folder, tmp_path, monkeypatch):

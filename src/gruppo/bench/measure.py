@@ -17,7 +17,16 @@ from gruppo.bench.machine import peak_gib, wait, watching
 from gruppo.bench.work import Work, device_of
 from gruppo.engine import LocalEngine
 from gruppo.memory import keep_heap, release_heap
-from gruppo.model import Encoder, Loaded, compute_dtype, end_ids, faster_products, load
+from gruppo.model import (
+    Encoder,
+    Loaded,
+    Lora,
+    attach,
+    compute_dtype,
+    end_ids,
+    faster_products,
+    load,
+)
 from gruppo.model.parts import causal, embedding
 from gruppo.objective import PRESETS, KLNaive, KLTerm, Objective
 from gruppo.policy import Optim, Policy
@@ -103,18 +112,22 @@ class _Bench:
         self.loaded = loaded
         self.objective = _objective(work)
         products = faster_products(self.device, dtype)
+        model, reference = loaded.model, "copy"
+        if work.lora_rank:
+            model = attach(model, Lora(rank=work.lora_rank), compute_dtype=dtype)
+            reference = "adapter"
         self.policy = Policy(
-            loaded.model,
+            model,
             optim=Optim(),
             total_updates=work.steps + work.warmup,
             compute_dtype=dtype,
-            reference="copy" if work.beta else "none",
+            reference=reference if work.beta else "none",
             packing=not work.plain,
             products=products,
         )
         encoder = _encoder(loaded)
         self.engine = LocalEngine(
-            loaded.model,
+            model,
             encoder.decode,
             pad_token=encoder.pad_token,
             compute_dtype=dtype,
@@ -182,8 +195,8 @@ class _Bench:
     def utilisation(self, seconds: dict[str, float], top: float) -> dict[str, float]:
         """Share of ``top`` GFLOP/s that the model's own products reach.
 
-        Twice its weights a token and pass; a backward pass is two. The embedding's look-up counts
-        nothing, the head where it is applied: at completion tokens.
+        Twice its weights a token and pass; a backward pass is two, or one where they are frozen.
+        The embedding's look-up counts nothing, the head where it is applied: at completion tokens.
         """
         work = self.work
         size = embedding(self.loaded.model).numel()
@@ -194,7 +207,7 @@ class _Bench:
         prompts = sum(map(len, self.prompts[: work.prompts]))
         forward = 2 * (trunk * (completions + prompts) + size * completions) / 1e9
         made = dict.fromkeys(("sampling", "old", "reference"), forward)
-        made["forward_backward"] = 3 * forward
+        made["forward_backward"] = (2 if work.lora_rank else 3) * forward
         return {name: made[name] / seconds[name] / top for name in made if name in seconds}
 
     def _draw(

@@ -61,6 +61,8 @@ def versus_trl(
     """
     if work.prompt_tokens or work.compute == "auto":
         raise ValueError("--vs trl needs text prompts (no --prompt-tokens) and a --compute")
+    if work.lora_rank:
+        raise ValueError(f"--lora-rank {work.lora_rank} cannot be given to TRL: leave out --vs trl")
     if (work.prompts * work.group) % trl.micro_batch:
         raise ValueError(f"micro_batch = {trl.micro_batch} does not divide prompts x group")
     questions = work.questions((work.steps + work.warmup) * work.prompts)

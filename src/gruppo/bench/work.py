@@ -30,6 +30,7 @@ class Work:
         compute: Type of the products.
         device: cpu, cuda or cuda:N.
         dead: Groups of a step without signal; above 0 the update leaves them out, as training does.
+        lora_rank: Above 0: an adapter of this rank is trained instead of all weights (not for TRL).
         plain: No packing and no shared prompts: what they gain, by comparison.
         tokens_per_microbatch: Tokens of one forward pass.
         steps: Measured steps, of which the median is told.
@@ -46,6 +47,7 @@ class Work:
     compute: Compute = "auto"
     device: str = "auto"
     dead: int = 0
+    lora_rank: int = 0
     plain: bool = False
     tokens_per_microbatch: int = 2048
     steps: int = 3
@@ -60,11 +62,10 @@ class Work:
             raise ValueError(f"group = {self.group}: a group needs at least 2 completions")
         if not 0 <= self.dead < self.prompts:
             raise ValueError(f"dead = {self.dead}: must be at least 0 and below prompts")
-        if self.warmup < 0 or self.prompt_tokens < 0 or self.beta < 0:
-            raise ValueError(
-                f"warmup = {self.warmup}, prompt_tokens = {self.prompt_tokens}, beta = "
-                f"{self.beta}: must not be negative"
-            )
+        for name in ("warmup", "prompt_tokens", "beta", "lora_rank"):
+            value = asdict(self)[name]
+            if value < 0:
+                raise ValueError(f"{name} = {value}: must not be negative")
 
     def questions(self, count: int) -> list[str]:
         """The first ``count`` questions.
