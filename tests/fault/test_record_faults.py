@@ -62,10 +62,8 @@ def group(text: str) -> Group:
 
 HOLD = """
 run = RunDirectory.open(Path(sys.argv[1]))
-child = os.fork()
-if child == 0:
-    time.sleep(60)  # a reward worker that outlives its parent
-print(child, flush=True)
+if os.fork() == 0:  # a reward worker that outlives its parent; it tells when it has come to life
+    print(os.getpid(), flush=True)
 time.sleep(60)
 """
 
