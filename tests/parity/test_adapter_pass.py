@@ -145,9 +145,12 @@ def test_frozen_matrices_of_the_products_type_are_not_copied():
 
 
 @needs_kernels
-def test_a_new_adapter_is_tried_with_numbers(monkeypatch):
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("factor", [0.0, 0.5, 2.0, -1.0])
+def test_a_new_adapter_is_tried_with_numbers(monkeypatch, half, factor):
     """B is 0 at first, which would hide a wrong scale; afterwards it is 0 again."""
-    model = attach(build("llama"), Lora(rank=3))
+    dtype = torch.bfloat16 if half else torch.float32
+    model = attach(build("llama"), Lora(rank=3), compute_dtype=dtype)
     assert can_fuse(model)
     assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
     real = adapter.find_low_rank
@@ -156,11 +159,11 @@ def test_a_new_adapter_is_tried_with_numbers(monkeypatch):
         found = real(module)
         if found is None or found[1] is None:
             return found
-        return found[0], replace(found[1], scale=found[1].scale * 2)
+        return found[0], replace(found[1], scale=found[1].scale * factor)
 
     monkeypatch.setattr(decoder, "find_low_rank", wrong)
     assert not can_fuse(model)
-    assert not can_fuse_step(model, torch.float32)
+    assert not can_fuse_step(model, dtype)
 
 
 @needs_kernels

@@ -27,6 +27,15 @@ def test_values_and_gradients(name, products):
 
 @needs_kernels
 @pytest.mark.parametrize("products", ["torch", "native"])
+def test_a_single_key_head_with_a_norm(products):
+    model = build("qwen3", num_key_value_heads=1, head_dim=16)
+    assert can_fuse(model)
+    with multiplying(products):
+        assert gap(outcome(model, fused=True), outcome(model, fused=False)) < 2e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("products", ["torch", "native"])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_bfloat16_is_as_far_from_float32_as_autocast_is(products, name):
     if products == "native" and not native.can_multiply(torch.bfloat16):

@@ -92,7 +92,7 @@ def test_a_model_whose_completions_see_each_other_is_not_packed():
     """It mixes neighbours by a convolution; with an adapter in bfloat16, too."""
     pytest.importorskip("peft")
     torch.manual_seed(0)
-    kinds = {"layer_types": ["conv", "full_attention"], "initializer_range": 0.1}
+    kinds = {"layer_types": ["conv", "full_attention"]}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **TINY, **kinds))
     assert adopt(model.eval())
     assert not can_pack(model)

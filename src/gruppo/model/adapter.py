@@ -128,14 +128,17 @@ def find_low_rank(module: nn.Module) -> tuple[nn.Linear, LowRank | None] | None:
 
 
 @contextmanager
-def awake(adapters: Iterable[LowRank]) -> Iterator[None]:
-    """Within, adapters that still add nothing (B = 0) add something small, so that it shows."""
+def awake(adapters: Iterable[LowRank]) -> Iterator[bool]:
+    """Within, adapters that still add nothing (B = 0) add something, so that it shows.
+
+    Yields whether there are any.
+    """
     asleep = [adapter.up for adapter in adapters if not adapter.up.any()]
-    with torch.no_grad():
-        for up in asleep:
-            up.copy_(torch.linspace(-0.02, 0.02, up.numel()).view_as(up))
     try:
-        yield
+        with torch.no_grad():
+            for up in asleep:
+                up.copy_(torch.linspace(-0.1, 0.1, up.numel()).view_as(up))
+        yield bool(asleep)
     finally:
         with torch.no_grad():
             for up in asleep:

@@ -68,7 +68,7 @@ class HeadNorms:
                 part.heads,
                 part.weight,
                 scale=part.scale,
-                grad=given.reshape(part.heads.shape),
+                grad=given.reshape(part.heads.shape).contiguous(),
                 carry=torch.zeros_like(part.heads),
             )
             made.append(narrow.view(len(packed), -1))
@@ -79,7 +79,7 @@ class HeadNorms:
         query, key, _ = packed.split(self.sizes, 1)
         for part, place, epsilon in zip((query, key), self.places, self.epsilons, strict=True):
             weight = parameters[place].detach()
-            heads = part.float().reshape(-1, len(weight))
+            heads = part.float().reshape(-1, len(weight)).contiguous()  # a single head is a view
             _, normed, scale = native.norm_forward(
                 heads, None, weight=weight, epsilon=epsilon, dtype=packed.dtype
             )

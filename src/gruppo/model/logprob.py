@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gruppo.model.adapter import awake
+from gruppo.model.adapter import awake, without_adapter
 from gruppo.model.attention import NAME, PACKING
 from gruppo.model.casts import Casts
 from gruppo.model.decoder_pass import decoder_states, find_pass
@@ -39,14 +39,13 @@ class Scored:
 
 # Root of the mean square of log-probabilities' differences that rounding can explain.
 _PACKED_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}
-# Largest difference that another company of rows may make.
-_LEAK_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}
 # the same operations in another order; float32 weights, or bfloat16 products over them
 _FUSED_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: _PACKED_TOLERANCE[torch.bfloat16]}
-# What is tried: two groups; the completions whose tokens are changed to see whether others notice.
+# What is tried: two groups.
 _PROMPTS = [(5, 6, 7), (5, 6, 7), (8, 9), (8, 9), (8, 9)]
 _LENGTH = torch.tensor([6, 3, 1, 4, 5])
-_CHANGED = [0, 3]
+# Adapters that are new are told apart from wrong ones by how much of their effect is missed.
+_MISSED = 0.25
 
 
 def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways to
@@ -217,11 +216,17 @@ def can_fuse(model: nn.Module) -> bool:
     decoder = find_pass(model)
     if decoder is None:
         return False
-    with awake(x for layer in decoder.layers for x in layer.adapters.values()):
-        return _agree(model, (True, False), (True, True), tolerance=_FUSED_TOLERANCE)
+    with awake(x for layer in decoder.layers for x in layer.adapters.values()) as were_asleep:
+        if not _agree(model, (True, False), (True, True), tolerance=_FUSED_TOLERANCE):
+            return False
+        if not were_asleep:
+            return True
+        mine, plain = (_try(model, packed=True, fused=fused) for fused in (True, False))
+        with without_adapter(model):
+            base = _try(model, packed=True, fused=False)
+        return bool((mine - plain).norm() <= _MISSED * (plain - base).norm())
 
 
-@torch.no_grad()
 def _agree(
     model: nn.Module,
     one: tuple[bool, bool],
@@ -230,34 +235,54 @@ def _agree(
     tolerance: Mapping[torch.dtype, float],
 ) -> bool:
     """Whether two ways (packed, fused) to score a small batch give the same but for rounding."""
-    tokens = _tried(len(embedding(model)))
-    with _as_computed(model) as dtype:
-        mine, theirs = (
-            completion_logp(model, _PROMPTS, tokens, _LENGTH, packed=packed, fused=fused).logp
-            for packed, fused in (one, other)
-        )
+    mine, theirs = (_try(model, packed=packed, fused=fused) for packed, fused in (one, other))
     # not the largest: in bfloat16 that of one unlikely token is as large as the token is unlikely
     mean_square = (mine - theirs).square().sum() / _LENGTH.sum()
-    return bool(mean_square.sqrt() <= tolerance[dtype])
+    with _as_computed(model) as dtype:
+        return bool(mean_square.sqrt() <= tolerance[dtype])
 
 
 @torch.no_grad()
-def _leaks(model: nn.Module) -> bool:
-    """Whether packed completions change with other completions' tokens, which rounding cannot do.
-
-    But for experts in small ways: how many rows one is given may decide how they are multiplied.
-    """
+def _try(model: nn.Module, *, packed: bool, fused: bool) -> Float[Tensor, "5 6"]:
+    """Log-probabilities of a small batch."""
     tokens = _tried(len(embedding(model)))
-    others = tokens.clone()
-    others[_CHANGED] = (tokens[_CHANGED] + 1) % len(embedding(model))
-    with _as_computed(model) as dtype:
-        mine, again = (
-            completion_logp(model, _PROMPTS, rows, _LENGTH, packed=True).logp
-            for rows in (tokens, others)
-        )
-    moved = (mine - again).abs()
-    moved[_CHANGED] = 0
-    return bool(moved.max() > _LEAK_TOLERANCE[dtype])
+    with _as_computed(model):
+        ways = {"packed": packed, "fused": fused}
+        return completion_logp(model, _PROMPTS, tokens, _LENGTH, **ways).logp
+
+
+def _leaks(model: nn.Module) -> bool:
+    """Whether a packed completion depends on a token that the layout does not let it see.
+
+    By a gradient: what is not looked at has one of exactly 0, which rounding cannot change.
+    """
+    packing = pack(
+        _PROMPTS, _tried(len(embedding(model))), _LENGTH.tolist(), device=device_of(model)
+    )
+    embedded: list[Tensor] = []
+
+    def watch(module: nn.Module, given: object, found: Tensor) -> Tensor:
+        del module, given
+        embedded.append(found.detach().requires_grad_())
+        return embedded[0]
+
+    handle = causal(model).get_input_embeddings().register_forward_hook(watch)
+    try:
+        with torch.enable_grad(), _as_computed(model):
+            states = packed_states(model, packing)
+    finally:
+        handle.remove()
+    factors = torch.linspace(-1, 1, states.shape[1], device=states.device)
+    for state in _LENGTH.cumsum(0)[[1, 4]] - 1:  # the last one of a row in either group
+        (grad,) = torch.autograd.grad(states[state].float() @ factors, embedded, retain_graph=True)
+        place = int(packing.source[state])
+        hidden = torch.ones(len(packing.ids), dtype=torch.bool)
+        for part in packing.parts:
+            if part.query.start <= place < part.query.stop:
+                hidden[part.key.start : part.key.stop] = False
+        if bool((grad[0, hidden.to(grad.device)] != 0).any()):
+            return True
+    return False
 
 
 @contextmanager

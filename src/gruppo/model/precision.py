@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gruppo.measured import fastest, remembered
 
@@ -75,10 +75,10 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     for weight in _matrices(model):
         if not weight.requires_grad:
             weight.data = weight.data.to(dtype)
-    for weight in model.parameters():
+    for tensor in (*model.parameters(), *model.buffers()):
         # what is still in a file that is mapped into memory keeps all of it there, old matrices too
-        if weight.device.type == "cpu" and not weight.untyped_storage().resizable():
-            weight.data = weight.data.clone()
+        if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():
+            tensor.data = tensor.data.clone()
 
 
 def frozen_bytes(model: nn.Module, dtype: torch.dtype) -> int:
