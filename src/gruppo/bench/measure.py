@@ -27,6 +27,7 @@ from gruppo.model import (
     faster_products,
     load,
 )
+from gruppo.model.packaged import quiet
 from gruppo.model.parts import causal, embedding
 from gruppo.objective import PRESETS, KLNaive, KLTerm, Objective
 from gruppo.policy import Optim, Policy
@@ -189,7 +190,7 @@ class _Bench:
 
     def save(self) -> None:
         """Time writing the weights as a model folder."""
-        with tempfile.TemporaryDirectory() as folder, self._phase("save"):
+        with tempfile.TemporaryDirectory() as folder, quiet(), self._phase("save"):
             self.policy.save_pretrained(Path(folder), self.loaded.tokenizer)
 
     def utilisation(self, seconds: dict[str, float], top: float) -> dict[str, float]:
