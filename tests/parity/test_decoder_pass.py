@@ -4,14 +4,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from gruppo import native
 from gruppo.model import can_fuse, can_pack, completion_logp, multiplying
 from gruppo.model.decoder_pass import find_pass
 from gruppo.model.precision import cast_frozen
 from gruppo.model.source import checkpoint_activations
 from gruppo.native import compiled as building
 from gruppo.policy import Optim, Policy
-from support.passes import LENGTHS, PROMPTS, build, gap, needs_kernels, outcome
+from support.passes import (
+    LENGTHS,
+    PROMPTS,
+    assert_rounds_like_autocast,
+    build,
+    gap,
+    needs_kernels,
+    outcome,
+)
 
 
 @needs_kernels
@@ -38,15 +45,8 @@ def test_a_single_key_head_with_a_norm(products):
 @pytest.mark.parametrize("products", ["torch", "native"])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_bfloat16_is_as_far_from_float32_as_autocast_is(products, name):
-    if products == "native" and not native.can_multiply(torch.bfloat16):
-        pytest.skip("no native bfloat16 products here")
     model = build(name)
-    exact = outcome(model, fused=False)
-    with multiplying(products):
-        ours = gap(outcome(model, fused=True, half=True), exact)
-    theirs = gap(outcome(model, fused=False, half=True), exact)
-    assert theirs > 1e-3
-    assert ours < 1.5 * theirs
+    assert_rounds_like_autocast(model, outcome(model, fused=False), products)
 
 
 @needs_kernels

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto import CONFIG_MAPPING
 
 from gruppo import native
-from gruppo.model import completion_logp
+from gruppo.model import completion_logp, multiplying
 from gruppo.model.attention import adopt
 from support.engines import TINY
 
@@ -47,3 +47,14 @@ def gap(mine: dict[str, Tensor], other: dict[str, Tensor]) -> float:
         float((mine[name] - other[name]).abs().max() / other[name].abs().max().clamp(min=1e-30))
         for name in other
     )
+
+
+def assert_rounds_like_autocast(model: nn.Module, exact: dict[str, Tensor], products: str) -> None:
+    """In bfloat16 the short pass is as far from ``exact`` (float32) as transformers' forward is."""
+    if products == "native" and not native.can_multiply(torch.bfloat16):
+        pytest.skip("no native bfloat16 products here")
+    with multiplying(products):
+        ours = gap(outcome(model, fused=True, half=True), exact)
+    theirs = gap(outcome(model, fused=False, half=True), exact)
+    assert theirs > 1e-3
+    assert ours < 1.5 * theirs

@@ -7,15 +7,15 @@ the reference and the current policy. It draws nothing and knows no loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gruppo.model.adapter import awake, without_adapter
+from gruppo.model.adapter import awake
 from gruppo.model.attention import NAME, PACKING
 from gruppo.model.casts import Casts
 from gruppo.model.decoder_pass import decoder_states, find_pass
@@ -207,8 +207,8 @@ def can_pack(model: nn.Module) -> bool:
     """
     if causal(model).config._attn_implementation != NAME:
         return False
-    alike = _agree(model, (False, False), (True, False), tolerance=_PACKED_TOLERANCE)
-    return alike and not _leaks(model)
+    apart = _apart(_try(model, packed=True), _try(model, packed=False))
+    return apart <= _PACKED_TOLERANCE[_computed_in(model)] and not _leaks(model)
 
 
 def can_fuse(model: nn.Module) -> bool:
@@ -216,39 +216,28 @@ def can_fuse(model: nn.Module) -> bool:
     decoder = find_pass(model)
     if decoder is None:
         return False
+    before = _try(model, packed=True)
     with awake(x for layer in decoder.layers for x in layer.adapters.values()) as were_asleep:
-        if not _agree(model, (True, False), (True, True), tolerance=_FUSED_TOLERANCE):
-            return False
-        if not were_asleep:
-            return True
         mine, plain = (_try(model, packed=True, fused=fused) for fused in (True, False))
-        with without_adapter(model):
-            base = _try(model, packed=True, fused=False)
-        return bool((mine - plain).norm() <= _MISSED * (plain - base).norm())
-
-
-def _agree(
-    model: nn.Module,
-    one: tuple[bool, bool],
-    other: tuple[bool, bool],
-    *,
-    tolerance: Mapping[torch.dtype, float],
-) -> bool:
-    """Whether two ways (packed, fused) to score a small batch give the same but for rounding."""
-    mine, theirs = (_try(model, packed=packed, fused=fused) for packed, fused in (one, other))
-    # not the largest: in bfloat16 that of one unlikely token is as large as the token is unlikely
-    mean_square = (mine - theirs).square().sum() / _LENGTH.sum()
-    with _as_computed(model) as dtype:
-        return bool(mean_square.sqrt() <= tolerance[dtype])
+    missed = _apart(mine, plain)
+    alike = missed <= _FUSED_TOLERANCE[_computed_in(model)]
+    return alike and (not were_asleep or missed <= _MISSED * _apart(plain, before))
 
 
 @torch.no_grad()
-def _try(model: nn.Module, *, packed: bool, fused: bool) -> Float[Tensor, "5 6"]:
+def _try(model: nn.Module, *, packed: bool, fused: bool = False) -> Float[Tensor, "5 6"]:
     """Log-probabilities of a small batch."""
     tokens = _tried(len(embedding(model)))
     with _as_computed(model):
-        ways = {"packed": packed, "fused": fused}
-        return completion_logp(model, _PROMPTS, tokens, _LENGTH, **ways).logp
+        return completion_logp(model, _PROMPTS, tokens, _LENGTH, packed=packed, fused=fused).logp
+
+
+def _apart(mine: Float[Tensor, "5 6"], other: Float[Tensor, "5 6"]) -> float:
+    """The root of the mean square of differences.
+
+    Not the largest: in bfloat16 that of one unlikely token is as large as the token is unlikely.
+    """
+    return float((mine - other).norm()) / int(_LENGTH.sum()) ** 0.5
 
 
 def _leaks(model: nn.Module) -> bool:
@@ -263,6 +252,8 @@ def _leaks(model: nn.Module) -> bool:
 
     def watch(module: nn.Module, given: object, found: Tensor) -> Tensor:
         del module, given
+        if embedded:  # asked for more than once: the first are the row's
+            return found
         embedded.append(found.detach().requires_grad_())
         return embedded[0]
 
@@ -272,6 +263,8 @@ def _leaks(model: nn.Module) -> bool:
             states = packed_states(model, packing)
     finally:
         handle.remove()
+    if not embedded:  # made elsewhere, so nothing can be asked
+        return False
     factors = torch.linspace(-1, 1, states.shape[1], device=states.device)
     for state in _LENGTH.cumsum(0)[[1, 4]] - 1:  # the last one of a row in either group
         (grad,) = torch.autograd.grad(states[state].float() @ factors, embedded, retain_graph=True)
@@ -285,13 +278,20 @@ def _leaks(model: nn.Module) -> bool:
     return False
 
 
-@contextmanager
-def _as_computed(model: nn.Module) -> Iterator[torch.dtype]:
-    """Within, a model computes as it was made to; the type of its products."""
-    # An adapter over weights that were cast to bfloat16 runs under autocast alone.
-    mixed = len({weight.dtype for weight in model.parameters()}) > 1
-    with torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=mixed):
-        yield torch.bfloat16 if mixed else causal(model).dtype
+def _is_mixed(model: nn.Module) -> bool:
+    """Whether it runs under autocast alone: an adapter over weights that were cast to bfloat16."""
+    return len({weight.dtype for weight in model.parameters()}) > 1
+
+
+def _as_computed(model: nn.Module) -> AbstractContextManager[object]:
+    """Within, a model computes as it was made to."""
+    kind = device_of(model).type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=_is_mixed(model))
+
+
+def _computed_in(model: nn.Module) -> torch.dtype:
+    """The type of its products."""
+    return torch.bfloat16 if _is_mixed(model) else causal(model).dtype
 
 
 def _tried(vocabulary: int) -> Int[Tensor, "5 6"]:
