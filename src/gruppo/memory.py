@@ -29,7 +29,7 @@ _log: Final = logging.getLogger(__name__)
 _WORDS: Final = ("can't allocate memory", "out of memory", "bad_alloc")
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
-_LOOK, _GROWTH = 8 * 2**20, 128 * 2**20  # bytes; half that growth costs some 5 % more time
+_LOOK, _GROWTH = 8 * 2**20, 128 * 2**20  # bytes; half that growth costs a few percent more time
 
 
 def micro_batches(
@@ -178,7 +178,7 @@ def resident_bytes() -> int:
 class HoleWatch:
     """Sees to it that work of many small pieces does not grow by holes between those that stay.
 
-    torch asks for pieces at even addresses, and where one has been freed between two that stay,
+    torch asks for pieces at aligned addresses, and where one has been freed between two that stay,
     glibc cannot put another as large. Whenever the process has grown by ``_GROWTH`` bytes, which
     may be such holes or what the work keeps, pages that hold nothing are given back.
     """

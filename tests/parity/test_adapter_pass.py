@@ -21,13 +21,13 @@ from gruppo.model import (
     logprob,
     multiplying,
 )
-from gruppo.model.adapter import find_low_rank, without_adapter
+from gruppo.model.adapter import LowRank, find_low_rank, without_adapter
 from gruppo.model.casts import Casts
 from gruppo.model.decoder import find_decoder
 from gruppo.model.decoder_pass import copied_bytes, find_pass
 from gruppo.model.gradient import summing
 from gruppo.model.logprob import Scored
-from gruppo.model.low_rank import Factors, LowRanks
+from gruppo.model.low_rank import LowRanks
 from gruppo.types import Request, Sampling
 from support.engines import letters
 from support.passes import (
@@ -58,8 +58,8 @@ def adapted(name: str = "llama", *, half: bool = False, **options: object) -> nn
 def test_what_adapters_add_by_hand():
     """Two layers of three, with ranks 1 and 2: 3 * [1 2] x, and 0.5 * B A x."""
     rows = torch.tensor([[1.0, 1.0], [2.0, -1.0]])
-    first = Factors(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [0.0]]), 3.0)
-    last = Factors(torch.eye(2), torch.tensor([[0.0, 4.0]]), 0.5)
+    first = LowRank(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [0.0]]), 3.0)
+    last = LowRank(torch.eye(2), torch.tensor([[0.0, 4.0]]), 0.5)
     ranks = LowRanks([first, None, last], [2, 1, 1], torch.float32)
     assert ranks.forward(rows).tolist() == [[9.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, -2.0]]
     grad = torch.tensor([[1.0, 5.0, 7.0, 1.0], [0.0, 1.0, 2.0, 3.0]])

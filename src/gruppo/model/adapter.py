@@ -89,12 +89,12 @@ def attach(
 class LowRank:
     """What an adapter adds to the matrix of a linear layer: ``scale`` times B A."""
 
-    down: nn.Parameter  # A [r, I]
-    up: nn.Parameter  # B [O, r]
+    down: Tensor  # A [r, I]
+    up: Tensor  # B [O, r]
     scale: float
 
     @property
-    def weights(self) -> tuple[nn.Parameter, nn.Parameter]:
+    def weights(self) -> tuple[Tensor, Tensor]:
         """A and B."""
         return self.down, self.up
 

@@ -56,7 +56,7 @@ class Layer:
         """The linear layers, by what they read."""
         return self.query_key_value, self.out, self.gate_up, self.down
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """Weights and biases, those of adapters last."""
         linears = [layer for joint in self.joints for layer in joint]
         norms = (self.before_attention, self.before_mlp, *self.head_norms)

@@ -19,7 +19,7 @@ from gruppo.model.casts import Casts
 from gruppo.model.decoder import Group
 from gruppo.model.gradient import give
 from gruppo.model.joint import Joint, give_products
-from gruppo.model.low_rank import Factors, LowRanks
+from gruppo.model.low_rank import LowRanks
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +83,11 @@ class Matrices:
         self._parameters, self._dtype, self._casts = parameters, dtype, casts
         self._low_ranks: LowRanks | None = None
         if any(linears.adapters):
-            factors = [
-                None if at is None else Factors(parameters[at.down], parameters[at.up], at.scale)
+            adapters = [
+                None if at is None else LowRank(parameters[at.down], parameters[at.up], at.scale)
                 for at in linears.adapters
             ]
-            self._low_ranks = LowRanks(factors, linears.sizes, dtype)
+            self._low_ranks = LowRanks(adapters, linears.sizes, dtype)
 
     def forward(self, rows: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
         """All layers' results side by side."""

@@ -8,23 +8,14 @@ its own rows and columns of a matrix that is 0 elsewhere. That costs less than o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gruppo.model.adapter import LowRank
 from gruppo.model.joint import Joint, give_products
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Factors:
-    """One layer's: A [r, I], B [O, r] and s."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
 
 
 @final
@@ -32,20 +23,20 @@ class LowRanks:
     """What the adapters of some layers add to the layers' results [N, O], which lie side by side.
 
     Args:
-        factors: of each layer; None for one without an adapter.
+        adapters: of each layer; None for one without an adapter.
         sizes: how many results each layer has; their sum is O.
         dtype: of products.
     """
 
     def __init__(
-        self, factors: Sequence[Factors | None], sizes: Sequence[int], dtype: torch.dtype
+        self, adapters: Sequence[LowRank | None], sizes: Sequence[int], dtype: torch.dtype
     ) -> None:
-        assert len(factors) == len(sizes), "one for every layer"
-        self._present = [one for one in factors if one is not None]
+        assert len(adapters) == len(sizes), "one for every layer"
+        self._present = [one for one in adapters if one is not None]
         self._results: list[slice] = []  # of each present one, among all layers'
         self._ranks: list[slice] = []  # and its place among all ranks
         start = rank = 0
-        for one, size in zip(factors, sizes, strict=True):
+        for one, size in zip(adapters, sizes, strict=True):
             if one is not None:
                 self._results.append(slice(start, start + size))
                 self._ranks.append(slice(rank, rank := rank + len(one.down)))

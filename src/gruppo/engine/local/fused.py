@@ -20,7 +20,7 @@ from gruppo.engine.local.packed import Product, Products
 from gruppo.engine.local.store import Decode, Store
 from gruppo.model.adapter import LowRank
 from gruppo.model.decoder import Decoder, Group, Layer, Norm
-from gruppo.model.low_rank import Factors, LowRanks
+from gruppo.model.low_rank import LowRanks
 
 _Norm = tuple[Tensor, float]
 
@@ -115,8 +115,7 @@ def _with_adapters(
     found = [adapters.get(layer) for layer in group]
     if not any(found):
         return product
-    factors = [None if x is None else Factors(x.down, x.up, x.scale) for x in found]
-    added = LowRanks(factors, [layer.out_features for layer in group], dtype)
+    added = LowRanks(found, [layer.out_features for layer in group], dtype)
     return lambda rows: product(rows).add_(added.forward(rows))
 
 
