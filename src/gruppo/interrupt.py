@@ -1,9 +1,10 @@
 """SIGINT and SIGTERM for a loop whose state must stay whole.
 
 The first signal raises ``Interrupted`` in the main thread at once, unless the loop holds it
-back because weights and bookkeeping are out of step; then it is raised on release. A second
-signal ends the process at once, with its children. A program whose work is done ignores them
-(``whole_process``).
+back because weights and bookkeeping are out of step; then it is raised on release. Where Python
+has to ignore what is raised (in a finaliser, in a callback from C), it is raised again a moment
+later. A second signal ends the process at once, with its children. A program whose work is done
+ignores them (``whole_process``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KILL_SECONDS = 5.0
+_AGAIN_SECONDS = 0.05
 _last: list[Callable[[], None]] = []
 
 
@@ -44,6 +47,7 @@ class Interrupts:
     held: bool = False
     owner: int = field(default_factory=os.getpid)
     pending: list[int] = field(default_factory=list)
+    lost: bool = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -55,7 +59,8 @@ class Interrupts:
             number: signal.signal(number, self._on_signal) for number in SIGNALS
         }
         try:
-            yield
+            with self._finding_lost():
+                yield
         finally:
             for number, handler in before.items():
                 if handler is not None:  # None: it was set outside of Python
@@ -74,12 +79,34 @@ class Interrupts:
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
         if os.getpid() != self.owner:  # a forked child: nothing here is its business
             os._exit(128 + signum)
-        if self.pending:
+        if self.pending and not self.lost:
             _end_children()
             os._exit(128 + signum)
+        self.lost = False
         self.pending.append(signum)
         if not self.held:
             raise Interrupted(signum)
+
+    @contextmanager
+    def _finding_lost(self) -> Iterator[None]:
+        """Send a signal again whose ``Interrupted`` was raised where Python ignores exceptions."""
+        before = sys.unraisablehook
+
+        def find(unraisable: sys.UnraisableHookArgs) -> None:
+            if not isinstance(unraisable.exc_value, Interrupted):
+                before(unraisable)
+                return
+            self.lost = True
+            again = (threading.main_thread().ident, unraisable.exc_value.signum)
+            timer = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, again)
+            timer.daemon = True
+            timer.start()
+
+        sys.unraisablehook = find
+        try:
+            yield
+        finally:
+            sys.unraisablehook = before
 
 
 @contextmanager
@@ -140,7 +167,8 @@ def whole_process() -> Iterator[None]:
     for number in SIGNALS:
         signal.signal(number, interrupts._on_signal)
     try:
-        yield
+        with interrupts._finding_lost():
+            yield
     finally:
         interrupts.hold()
         for number in SIGNALS:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,53 @@ def test_a_signal_in_the_middle_of_an_import_comes_out_as_itself():
     with Interrupts().installed(), pytest.raises(Interrupted) as caught, unwrapped():
         type("Imported", (), {"field": Interrupting()})
     assert caught.value.exit_code == 143
+
+
+class Deaf:
+    """Gets its signal in a finaliser, whose exceptions Python ignores."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_signal_whose_exception_was_ignored_is_raised_again(held):
+    interrupts, reached = Interrupts(), []
+    with interrupts.installed(), pytest.raises(Interrupted) as caught:
+        Deaf()
+        reached.append("after the finaliser")
+        if held:
+            interrupts.hold()
+        time.sleep(0.5)
+        reached.append("slept")
+        interrupts.release()
+    assert caught.value.exit_code == 143
+    assert reached == ["after the finaliser", "slept"][: 1 + held]
+
+
+def test_a_program_whose_signal_was_ignored_is_stopped_and_says_nothing_of_it():
+    program = """
+        import os, signal, sys, time
+        from gruppo.interrupt import Interrupted, whole_process
+        class Deaf:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+        class Broken:
+            def __del__(self):
+                raise ValueError("as ever")
+        try:
+            with whole_process():
+                Deaf()
+                Broken()
+                time.sleep(60)
+        except Interrupted as error:
+            sys.exit(error.exit_code)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(words, timeout=30, check=False, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert "Interrupted" not in done.stderr
+    assert "ValueError: as ever" in done.stderr
 
 
 def test_other_errors_keep_their_cause():
