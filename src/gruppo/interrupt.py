@@ -24,6 +24,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KILL_SECONDS = 5.0
 _AGAIN_SECONDS = 0.05
 _last: list[Callable[[], None]] = []
+_installed: list[Interrupts] = []  # the innermost one last
 
 
 class Interrupted(KeyboardInterrupt):
@@ -48,6 +49,7 @@ class Interrupts:
     owner: int = field(default_factory=os.getpid)
     pending: list[int] = field(default_factory=list)
     lost: bool = False
+    otherwise: Callable[[sys.UnraisableHookArgs], object] = sys.__unraisablehook__
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -59,7 +61,7 @@ class Interrupts:
             number: signal.signal(number, self._on_signal) for number in SIGNALS
         }
         try:
-            with self._finding_lost():
+            with self._watched():
                 yield
         finally:
             for number, handler in before.items():
@@ -88,44 +90,57 @@ class Interrupts:
             raise Interrupted(signum)
 
     @contextmanager
-    def _finding_lost(self) -> Iterator[None]:
-        """Send a signal again whose ``Interrupted`` was raised where Python ignores exceptions."""
-        before = sys.unraisablehook
-
-        def find(unraisable: sys.UnraisableHookArgs) -> None:
-            if not isinstance(unraisable.exc_value, Interrupted):
-                before(unraisable)
-                return
-            self.lost = True
-            again = (threading.main_thread().ident, unraisable.exc_value.signum)
-            timer = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, again)
-            timer.daemon = True
-            timer.start()
-
-        sys.unraisablehook = find
+    def _watched(self) -> Iterator[None]:
+        """Inside, signals are this object's business, those too whose exception got lost."""
+        before, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
+        self.otherwise = before
+        _installed.append(self)
         try:
             yield
         finally:
+            _installed.pop()
             sys.unraisablehook = before
+
+    def _on_unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Send a signal again whose ``Interrupted`` Python ignores."""
+        if not isinstance(unraisable.exc_value, Interrupted):
+            self.otherwise(unraisable)
+            return
+        self.lost = True
+        again = (threading.main_thread().ident, unraisable.exc_value.signum)
+        timer = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, again)
+        timer.daemon = True
+        timer.start()
 
 
 @contextmanager
 def unwrapped() -> Iterator[None]:
-    """Raise an ``Interrupted`` as itself that came out wrapped as the cause of another error.
+    """Raise an ``Interrupted`` as itself that came out as another error.
 
-    Python 3.11 does that to whatever is raised while a class body's fields get their names, so a
-    signal during an import would look like a defect of the imported library.
+    Python 3.11 makes it the cause of a RuntimeError if it is raised while a class body's fields
+    get their names, and a library in another language may keep its text alone: a signal during an
+    import or a check would look like a defect. An error in the handling of an ``Interrupted`` (its
+    context) stays what it is: saving may have failed.
     """
     try:
         yield
     except Exception as error:
-        found, seen = error.__cause__, {id(error)}
-        while found is not None and id(found) not in seen:
-            if isinstance(found, Interrupted):
-                raise found from None
-            seen.add(id(found))
-            found = found.__cause__
+        causes = [e for e in _chain(error, "__cause__") if isinstance(e, Interrupted)]
+        if causes:
+            raise causes[0] from None
+        asked = _installed[-1].pending if _installed and not _installed[-1].held else []
+        if asked and not any(isinstance(e, Interrupted) for e in _chain(error, "__context__")):
+            raise Interrupted(asked[0]) from None
         raise
+
+
+def _chain(error: BaseException | None, link: str) -> list[BaseException]:
+    """``error``, what ``link`` says came before it, and so on."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = getattr(error, link)
+    return chain
 
 
 @contextmanager
@@ -167,7 +182,7 @@ def whole_process() -> Iterator[None]:
     for number in SIGNALS:
         signal.signal(number, interrupts._on_signal)
     try:
-        with interrupts._finding_lost():
+        with interrupts._watched():
             yield
     finally:
         interrupts.hold()

@@ -66,6 +66,34 @@ def test_a_signal_in_the_middle_of_an_import_comes_out_as_itself():
     assert caught.value.exit_code == 143
 
 
+def keep_the_text_alone():
+    """What libraries in other languages do to an exception of Python's."""
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException as reason:
+        text = str(reason)
+    raise ValueError(text)
+
+
+def test_a_signal_of_which_only_the_text_is_left_comes_out_as_itself():
+    with Interrupts().installed(), pytest.raises(Interrupted, match=r"^SIGINT$"), unwrapped():
+        keep_the_text_alone()
+
+
+def find_the_disk_full():
+    """A signal, and another error in its handling."""
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_another_error_after_a_signal_stays_what_it_is(held):
+    with Interrupts(held=held).installed(), pytest.raises(OSError, match="full"), unwrapped():
+        find_the_disk_full()
+
+
 class Deaf:
     """Gets its signal in a finaliser, whose exceptions Python ignores."""
 
@@ -73,19 +101,23 @@ class Deaf:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def go_on_after_a_finaliser(interrupts, held, reached):
+    """A signal in a finaliser, half a second of work, and the end of the step."""
+    Deaf()
+    reached.append("after the finaliser")
+    interrupts.held = held
+    time.sleep(0.5)
+    reached.append("after the work")
+    interrupts.release()
+
+
 @pytest.mark.parametrize("held", [False, True])
 def test_a_signal_whose_exception_was_ignored_is_raised_again(held):
     interrupts, reached = Interrupts(), []
     with interrupts.installed(), pytest.raises(Interrupted) as caught:
-        Deaf()
-        reached.append("after the finaliser")
-        if held:
-            interrupts.hold()
-        time.sleep(0.5)
-        reached.append("slept")
-        interrupts.release()
+        go_on_after_a_finaliser(interrupts, held, reached)
     assert caught.value.exit_code == 143
-    assert reached == ["after the finaliser", "slept"][: 1 + held]
+    assert reached == ["after the finaliser", "after the work"][: 1 + held]
 
 
 def test_a_program_whose_signal_was_ignored_is_stopped_and_says_nothing_of_it():
