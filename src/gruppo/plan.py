@@ -55,6 +55,7 @@ class MemoryPlan:
     forward pass is all that an optimizer step needs, the head's, which comes first. ``copies`` are
     those of weights that products have until the step is done.
     ``kept`` is what the engine holds between its calls: keys, values and 16-bit weights, on CUDA.
+    ``results`` are the activations of drawn tokens (``engine.max_kept_gib``), whose memory stays.
     ``judges`` are the weights of reward models on the policy's device, ``judging`` the largest of
     their batches.
     """
@@ -73,6 +74,7 @@ class MemoryPlan:
     kept: int
     drawing: int
     optimizer: int
+    results: int
     judges: int
     judging: int
 
@@ -104,7 +106,8 @@ class MemoryPlan:
 
     @property
     def _lasting(self) -> int:
-        return self.process + self.weights + self.moments + self.reference + self.judges
+        trained = self.weights + self.moments + self.reference
+        return self.process + trained + self.judges + self.results
 
     def text(self) -> str:
         """The plan in one line."""
@@ -122,6 +125,7 @@ class MemoryPlan:
             "reference": self.reference,
             "reward models": self.judges,
             "activations": self.activations + self.copies + self.head,
+            "kept activations": self.results,
             "keys and values": self.cache,
         }
         told = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items() if size)
@@ -175,6 +179,7 @@ def memory(
     copied_weights = (is_shared and model.device == "cpu") or compute == torch.bfloat16
     packed = found.linears if copied_weights else 0
     judges, judging = _judges(recipe, model.device)
+    results, wanted = _results(recipe, found)
     return MemoryPlan(
         process=process_bytes(recipe),
         weights=found.weights,
@@ -182,7 +187,7 @@ def memory(
         held=_held(found, largest),
         moments=2 * found.trainable,
         reference=found.frozen if copied else 0,
-        activations=found.saved,
+        activations=found.saved - (found.spared if results == wanted else 0),
         copies=found.copies,
         head=_head(found, largest.shape.positions, products, cpu=model.device == "cpu"),
         cache=cache,
@@ -190,9 +195,20 @@ def memory(
         kept=_kept(model.device, cache + packed) if is_shared else 0,
         drawing=rows * found.vocabulary * _copies(model.device),
         optimizer=4 * min(found.largest, (4 if model.device == "cpu" else 256) * SLICE),
+        results=results,
         judges=judges,
         judging=judging,
     )
+
+
+def _results(recipe: Recipe, found: Footprint) -> tuple[int, int]:
+    """What kept activations take, and what those of all tokens that a step can draw would."""
+    rollout, engine = recipe.rollout, recipe.engine
+    batches = rollout.max_gen_batches if rollout.filter == "resample" else 1
+    groups = math.ceil(rollout.prompts_per_step * rollout.oversample) * batches
+    every = groups * rollout.group_size * rollout.max_tokens * found.results
+    bound = int(engine.max_kept_gib * _GIB) if engine.kind == "shared" else 0
+    return min(bound, every), every
 
 
 def process_bytes(recipe: Recipe) -> int:

@@ -186,6 +186,7 @@ def iterate(run: Run, state: TrainState) -> Iteration:
     skip_dead = run.rollouts.settings.filter != "keep"
     how = run.settings.update(skip_dead=skip_dead)
 
+    policy.activations.open()
     collected = run.rollouts.collect(state.step + 1)
     release_heap()
     rollout = tensorise(

@@ -18,6 +18,7 @@ from gruppo.bench.work import Work, device_of
 from gruppo.engine import LocalEngine
 from gruppo.memory import keep_heap, release_heap
 from gruppo.model import (
+    Activations,
     Encoder,
     Loaded,
     Lora,
@@ -125,6 +126,7 @@ class _Bench:
             reference=reference if work.beta else "none",
             packing=not work.plain,
             products=products,
+            activations=Activations(int(work.max_kept_gib * 2**30)),
         )
         encoder = _encoder(loaded)
         self.engine = LocalEngine(
@@ -135,6 +137,7 @@ class _Bench:
             max_rows=work.prompts * work.group,
             kind="plain" if work.plain else "shared",
             products=products,
+            activations=self.policy.activations,
         )
         total = (work.steps + work.warmup) * work.prompts
         self.prompts = _prompts(work, loaded, encoder, total)
@@ -148,6 +151,7 @@ class _Bench:
         settings = UpdateSettings(
             tokens_per_microbatch=work.tokens_per_microbatch, skip_dead=work.dead > 0
         )
+        self.policy.activations.open()
         with self._phase("sampling"):
             groups = self._draw(prompts, work.max_tokens, first, work.group)
             release_heap()

@@ -31,6 +31,7 @@ class Work:
         device: cpu, cuda or cuda:N.
         dead: Groups of a step without signal; above 0 the update leaves them out, as training does.
         lora_rank: Above 0: an adapter of this rank is trained instead of all weights (not for TRL).
+        max_kept_gib: Memory for activations of drawn tokens, which training need not make again.
         plain: No packing and no shared prompts: what they gain, by comparison.
         tokens_per_microbatch: Tokens of one forward pass.
         steps: Measured steps, of which the median is told.
@@ -48,6 +49,7 @@ class Work:
     device: str = "auto"
     dead: int = 0
     lora_rank: int = 0
+    max_kept_gib: float = 0.0
     plain: bool = False
     tokens_per_microbatch: int = 2048
     steps: int = 3
@@ -62,7 +64,7 @@ class Work:
             raise ValueError(f"group = {self.group}: a group needs at least 2 completions")
         if not 0 <= self.dead < self.prompts:
             raise ValueError(f"dead = {self.dead}: must be at least 0 and below prompts")
-        for name in ("warmup", "prompt_tokens", "beta", "lora_rank"):
+        for name in ("warmup", "prompt_tokens", "beta", "lora_rank", "max_kept_gib"):
             value = asdict(self)[name]
             if value < 0:
                 raise ValueError(f"{name} = {value}: must not be negative")

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gruppo.model.activations import Activations
     from gruppo.model.adapter import (
         Lora,
         attach,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from gruppo.model.timed_products import faster_products
 
 _HOMES = {
+    "Activations": "gruppo.model.activations",
     "CATALOG": "gruppo.model.packaged",
     "Casts": "gruppo.model.casts",
     "Encoder": "gruppo.model.prompt",
@@ -65,6 +67,7 @@ _HOMES = {
 
 __all__ = [
     "CATALOG",
+    "Activations",
     "Casts",
     "Encoder",
     "Loaded",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gruppo import native
+from gruppo.model.activations import Known
 from gruppo.model.casts import Casts
 from gruppo.model.decoder import Decoder, Layer, find_decoder
 from gruppo.model.gradient import give, give_rows
@@ -34,6 +35,7 @@ from gruppo.model.segments import Segments, part_numbers
 _NUMBERS = (torch.float32, torch.bfloat16)
 # Others have the same modules and compute otherwise (layers without rotation, other rotations,
 # factors), which a few tokens through small weights need not show.
+_PACKED, _ATTENDED, _GATES, _UPDATE = range(4)  # what comes of Layer.joints
 _KINDS = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -85,35 +87,47 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def decoder_states(
-    decoder: Decoder, packing: Packing, casts: Casts | None = None
+    decoder: Decoder, packing: Packing, casts: Casts | None = None, known: Known | None = None
 ) -> Float[Tensor, "M E"]:
     """Hidden states after the last norm, at the positions that predict completion tokens.
 
-    ``casts`` keeps what products are made of for the next pass over the same weights.
+    ``casts`` keeps what products are made of for the next pass over the same weights; ``known``
+    holds results of products that need not be made.
     """
     half = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if half else torch.float32
     embedding = decoder.embedding
     with torch.autocast("cpu", enabled=False):
         hidden = _Embedding.apply(packing.ids, embedding.weight, embedding.padding_idx)
-        rows = _Row.of(decoder, packing, hidden, dtype, casts)
-        for layer in decoder.layers:
-            hidden = _Layer.apply(hidden, rows, _Plan.of(layer), *layer.parameters())
+        if known is not None and known.dtype != dtype:
+            known = None
+        rows = _Row.of(decoder, packing, hidden, dtype, casts, known)
+        for number, layer in enumerate(decoder.layers):
+            hidden = _Layer.apply(hidden, rows, _Plan.of(layer, number), *layer.parameters())
         states, norm = hidden[packing.source], decoder.norm
         return nn.functional.rms_norm(states, states.shape[1:], norm.weight, norm.epsilon)
 
 
 def kept_bytes(decoder: Decoder, packing: Packing, *, dtype: torch.dtype, head_width: int) -> int:
     """What a pass keeps for its backward pass, weights and their copies apart."""
-    rows, total, width = len(packing.ids), 0, decoder.embedding.embedding_dim
+    rows, width = len(packing.ids), decoder.embedding.embedding_dim
+    total = rows * spared_bytes(decoder, dtype=dtype)
     for layer in decoder.layers:
-        inner = layer.down[0].in_features
-        packed = sum(module.out_features for module in layer.query_key_value)
         mixed = layer.out[0].in_features
         # float32: the residual stream, a norm's factor, a log-sum-exp a head
-        wide = width + 1 + mixed // head_width
-        total += rows * (dtype.itemsize * (packed + mixed + width + 2 * inner) + 4 * wide)
+        total += rows * (dtype.itemsize * mixed + 4 * (width + 1 + mixed // head_width))
     return total + len(packing.source) * 4 * (2 * width + 1)  # of the last norm
+
+
+def spared_bytes(decoder: Decoder, *, dtype: torch.dtype) -> int:
+    """What of it a token does not take whose activations are known."""
+    # a layer's last product is kept by nobody
+    return sum(dtype.itemsize * sum(result_widths(layer)[:-1]) for layer in decoder.layers)
+
+
+def result_widths(layer: Layer) -> list[int]:
+    """Widths of what the products of a layer make, as ``Layer.joints`` orders them."""
+    return [sum(module.out_features for module in joint) for joint in layer.joints]
 
 
 def copied_bytes(decoder: Decoder, *, dtype: torch.dtype, products: Products) -> int:
@@ -139,6 +153,7 @@ class _Row:
     sine: Float[Tensor, "N D"]
     dtype: torch.dtype
     casts: Casts | None
+    known: Known | None
 
     @classmethod
     def of(
@@ -148,18 +163,28 @@ class _Row:
         hidden: Tensor,
         dtype: torch.dtype,
         casts: Casts | None,
+        known: Known | None,
     ) -> _Row:
         with torch.no_grad():
             turns = decoder.rotary(hidden[None], packing.positions[None])
         cosine, sine = (part[0].float().contiguous() for part in turns)
         parts = part_numbers(packing.parts)
-        return cls(parts=parts, cosine=cosine, sine=sine, dtype=dtype, casts=casts)
+        return cls(parts=parts, cosine=cosine, sine=sine, dtype=dtype, casts=casts, known=known)
+
+    def unknown(self, rows: Float[Tensor, "N I"]) -> Float[Tensor, "R I"]:
+        """Those rows whose products are to be made."""
+        return rows if self.known is None else rows[self.known.rest]
+
+    def whole(self, made: Float[Tensor, "R O"], plan: _Plan, product: int) -> Float[Tensor, "N O"]:
+        """The results ``made``, and those known."""
+        return made if self.known is None else self.known.fill(made, plan.number, product)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
     """A layer without its weights: its numbers, and the places of its parameters."""
 
+    number: int
     epsilons: tuple[float, float]
     scaling: float
     mixed: int  # width of all heads' results
@@ -167,11 +192,12 @@ class _Plan:
     linears: tuple[Linears, ...]  # as Layer.joints has them
 
     @classmethod
-    def of(cls, layer: Layer) -> _Plan:
+    def of(cls, layer: Layer, number: int) -> _Plan:
         """For parameters in the order of ``Layer.parameters``."""
         place = {id(parameter): at for at, parameter in enumerate(layer.parameters())}
         assert layer.scaling is not None, "find_pass has looked"
         return cls(
+            number=number,
             epsilons=(layer.before_attention.epsilon, layer.before_mlp.epsilon),
             scaling=layer.scaling,
             mixed=layer.out[0].in_features,
@@ -195,22 +221,23 @@ class _Layer(torch.autograd.Function):
         _, normed, scale = native.norm_forward(
             hidden, None, weight=first, epsilon=plan.epsilons[0], dtype=dtype
         )
-        packed = query_key_value.forward(normed)
-        heads = _Heads.of(packed, row, plan, parameters)
+        packed = query_key_value.forward(row.unknown(normed))
+        heads = _Heads.of(row.whole(packed, plan, _PACKED), row, plan, parameters)
         mixed = normed.new_empty(len(hidden), plan.mixed)
         lse = heads.attention(row, plan).attend(heads.rows(mixed))
-        update = out.forward(mixed)
+        update = out.forward(row.unknown(mixed))
+        attended = row.whole(update, plan, _ATTENDED)
         between, normed, _ = native.norm_forward(
-            hidden, update, weight=second, epsilon=plan.epsilons[1], dtype=dtype
+            hidden, attended, weight=second, epsilon=plan.epsilons[1], dtype=dtype
         )
-        gates = gate_up.forward(normed)
+        gates = gate_up.forward(row.unknown(normed))
         # parameters too, so that autograd sees changes in place
         ctx.save_for_backward(
             *(hidden, scale, packed, mixed, lse, update, gates),
             *parameters,
         )
         ctx.row, ctx.plan, ctx.products, ctx.parameters = row, plan, current_products(), parameters
-        return between + down.forward(native.swiglu(gates))
+        return between + row.whole(down.forward(native.swiglu(gates)), plan, _UPDATE)
 
     @staticmethod
     @once_differentiable
@@ -223,11 +250,14 @@ class _Layer(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False), choosing(ctx.products):
             query_key_value, out, gate_up, down = plan.matrices(parameters, row)
             grad = carry.to(row.dtype)
+            gates = row.whole(gates, plan, _GATES)
             to_gates, opened = native.swiglu_backward(gates, down.backward(grad))
+            del gates
             found.add(down, grad, opened)
             # made again: it is as large as all heads together
+            attended = row.whole(update, plan, _ATTENDED)
             between, _, other = native.norm_forward(
-                hidden, update, weight=second, epsilon=plan.epsilons[1], dtype=row.dtype
+                hidden, attended, weight=second, epsilon=plan.epsilons[1], dtype=row.dtype
             )
             carry, grad, normed, of_norm = native.norm_backward(
                 between,
@@ -241,6 +271,7 @@ class _Layer(torch.autograd.Function):
             given = out.backward(grad)
             found.add(out, grad, mixed)
             # made again: side by side they are what norms of heads take, too
+            packed = row.whole(packed, plan, _PACKED)
             heads = _Heads.of(packed, row, plan, parameters)
             attention = heads.attention(row, plan)
             sums = attention.backward(heads.rows(given), out=heads.rows(mixed), lse=lse)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, mas
 
 from gruppo.model.adapter import Lora, attach
 from gruppo.model.attention import NAME
-from gruppo.model.decoder_pass import copied_bytes, find_pass, kept_bytes
+from gruppo.model.decoder_pass import (
+    copied_bytes,
+    find_pass,
+    kept_bytes,
+    result_widths,
+    spared_bytes,
+)
 from gruppo.model.head import logit_rule
 from gruppo.model.logprob import packed_states, pad, padded_states
 from gruppo.model.packing import Packing, pack
@@ -41,7 +47,8 @@ class Footprint:
     layers (the head too, tied or not). ``saved`` is what autograd keeps of a forward, ``copies``
     what products hold of the weights beside them (0 where ``saved`` has it), ``vocabulary`` the
     size of one position's logits in float32, ``logits`` of those that are kept for the backward
-    pass.
+    pass. ``results`` is what a drawn token's activations take where they can be kept, else 0, and
+    ``spared`` what a pass whose completions are known by them keeps less.
     """
 
     weights: int
@@ -56,6 +63,8 @@ class Footprint:
     logits: int
     num_layers: int
     cache_per_token: int
+    results: int = 0
+    spared: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +137,16 @@ def footprint(  # noqa: PLR0913 - a model, and what decides how it is computed
         width = _head_width(text_config(model))
         kept = kept_bytes(decoder, shape.packed(), dtype=compute, head_width=width)
         copies = copied_bytes(decoder, dtype=compute, products=products)
-        return _count(model, known, compute, saved=kept, copies=copies, thrift=thrift)
+        counted = _count(model, known, compute, saved=kept, copies=copies, thrift=thrift)
+        if lora is not None or products != "native":
+            return counted
+        widths = [sum(result_widths(layer)) for layer in decoder.layers]
+        tokens = sum(max(count - 1, 0) for group in shape.completions for count in group)
+        return replace(
+            counted,
+            results=sum(widths) * compute.itemsize,
+            spared=tokens * spared_bytes(decoder, dtype=compute),
+        )
     layout, padded = shape.packed(), shape.padded()  # here: real numbers, no fake ones
     with FakeTensorMode(allow_non_fake_inputs=True):
         _pretend(model)

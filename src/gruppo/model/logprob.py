@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gruppo.model.activations import Activations
 from gruppo.model.adapter import awake
 from gruppo.model.attention import NAME, PACKING
 from gruppo.model.casts import Casts
@@ -60,13 +61,13 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
     fused: bool = False,
     chunk: int = 512,
     casts: Casts | None = None,
+    activations: Activations | None = None,
 ) -> Scored:
     """Score ``tokens`` after their ``prompts`` (one per row), differentiably.
 
     ``log softmax(z / temperature)`` with z the model's logits, widened to float32 before the
-    division. Plain rows are padded on the right, where a causal model cannot see the padding: no
-    attention mask is needed. Packed, neighbouring rows with one prompt share it (``packing.py``).
-    The head meets completion positions only. Under ``torch.autocast`` products are in its type.
+    division. Plain rows are padded on the right, where a causal model cannot see the padding.
+    Packed, neighbouring rows with one prompt share it. Products are in the type of autocast.
 
     Args:
         model: A Hugging Face causal language model, with or without a PEFT adapter.
@@ -79,29 +80,26 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
         fused: Packed rows in few calls a layer (``decoder_pass.py``); if :func:`can_fuse`.
         chunk: Positions projected to the vocabulary at once.
         casts: Keeps copies of the weights, as products take them, for the next pass.
+        activations: Results of products over the same weights, which a fused pass need not make.
 
     Returns:
         float32 tensors [B, T] (float64 for a float64 model) on the model's device.
 
     Raises:
-        ValueError: a row has a completion but an empty prompt (nothing predicts its first token),
-            or ``temperature`` is not positive.
+        ValueError: nothing before a completion, or ``temperature`` is not positive.
     """
     device, counts = device_of(model), _checked(prompts, tokens, length)
     valid = (torch.arange(tokens.shape[1]) < torch.tensor(counts)[:, None]).to(device)
     decoder = find_pass(model) if packed and fused else None
     if decoder is not None:
-        states = decoder_states(decoder, pack(prompts, tokens, counts), casts)
+        packing = pack(prompts, tokens, counts)
+        known = activations.find(packing, prompts, tokens, counts) if activations else None
+        states = decoder_states(decoder, packing, casts, known)
     else:
         states = _modules_states(model, prompts, tokens, counts, packed=packed)
+    rule, said = logit_rule(model, temperature), tokens.to(device)[valid]
     logp, spread = token_logp(
-        head(model),
-        states,
-        tokens.to(device)[valid],
-        rule=logit_rule(model, temperature),
-        entropy=entropy,
-        chunk=chunk,
-        casts=casts,
+        head(model), states, said, rule=rule, entropy=entropy, chunk=chunk, casts=casts
     )
     empty = torch.zeros(valid.shape, device=device, dtype=logp.dtype)
     return Scored(

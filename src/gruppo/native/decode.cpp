@@ -30,6 +30,7 @@ struct Layer {
   Product query_key_value, out, gate_up, down;
   const void *prompt_keys, *prompt_values;
   void *own_keys, *own_values;
+  void *packed, *attended, *gates, *update;  // where to leave the products' results; null: nowhere
   int64_t prompt_columns, own_columns, window;  // 0: no window
   double scaling;
 };
@@ -67,6 +68,7 @@ class Step {
   const Rows& rows_;
   H* hidden_;
   std::vector<T> normed_, packed_, query_, mixed_, update_, gates_, open_;
+  const T* added_ = nullptr;  // what the residual stream has still to take
 
  public:
   Step(const Kernels<H, T>& kernels, const Sizes& s, const Rows& rows, H* hidden)
@@ -76,14 +78,14 @@ class Step {
 
   void run(int64_t count, const Layer* layers, const Norm& last, T* out) {
     for (const Layer* layer = layers; layer < layers + count; ++layer) {
-      norm(layer->before_attention, layer > layers, normed_.data());
+      norm(layer->before_attention, normed_.data());
       attend(*layer);
-      norm(layer->before_mlp, true, normed_.data());
-      multiply(layer->gate_up, normed_, gates_);
-      kernels_.swiglu(sizes_.rows, sizes_.inner, gates_.data(), open_.data());
-      multiply(layer->down, open_, update_);
+      norm(layer->before_mlp, normed_.data());
+      const T* gates = multiply(layer->gate_up, normed_, gates_, layer->gates);
+      kernels_.swiglu(sizes_.rows, sizes_.inner, gates, open_.data());
+      added_ = multiply(layer->down, open_, update_, layer->update);
     }
-    norm(last, count > 0, out);
+    norm(last, out);
   }
 
  private:
@@ -91,23 +93,25 @@ class Step {
     if (result < 0) throw std::bad_alloc();
   }
 
-  void norm(const Norm& by, bool adds, T* to) {
-    const T* added = adds ? update_.data() : nullptr;
-    kernels_.add_norm(sizes_.rows, sizes_.width, by.epsilon, hidden_, added, by.weight, to);
+  void norm(const Norm& by, T* to) {
+    kernels_.add_norm(sizes_.rows, sizes_.width, by.epsilon, hidden_, added_, by.weight, to);
   }
 
-  void multiply(const Product& by, const std::vector<T>& left, std::vector<T>& to) {
-    const int64_t inner = left.size() / sizes_.rows, columns = to.size() / sizes_.rows;
+  // To `kept`, if there is such a place, else to `room`; returns where.
+  const T* multiply(const Product& by, const std::vector<T>& left, std::vector<T>& room, void* kept) {
+    const int64_t inner = left.size() / sizes_.rows, columns = room.size() / sizes_.rows;
+    T* to = kept ? static_cast<T*>(kept) : room.data();
     kernels_.multiply(sizes_.rows, inner, columns, inner, columns, 0, left.data(),
-                      static_cast<const T*>(by.panels), by.bias, to.data());
+                      static_cast<const T*>(by.panels), by.bias, to);
+    return to;
   }
 
   void attend(const Layer& layer) {
     const Sizes& s = sizes_;
     T *keys = static_cast<T*>(layer.own_keys), *values = static_cast<T*>(layer.own_values);
-    multiply(layer.query_key_value, normed_, packed_);
+    const T* packed = multiply(layer.query_key_value, normed_, packed_, layer.packed);
     enough(kernels_.rotate(s.rows, s.heads, s.key_heads, s.head_width, layer.own_columns,
-                    layer.of_query.epsilon, layer.of_key.epsilon, packed_.data(), rows_.cosine,
+                    layer.of_query.epsilon, layer.of_key.epsilon, packed, rows_.cosine,
                     rows_.sine, layer.of_query.weight, layer.of_key.weight, rows_.own_length,
                     query_.data(), keys, values));
     enough(kernels_.attend(s.rows, s.key_heads, s.heads / s.key_heads, s.head_width, layer.prompt_columns,
@@ -115,7 +119,7 @@ class Step {
                     static_cast<const T*>(layer.prompt_keys),
                     static_cast<const T*>(layer.prompt_values), keys, values, rows_.place,
                     rows_.prompt_length, rows_.own_length, mixed_.data()));
-    multiply(layer.out, mixed_, update_);
+    added_ = multiply(layer.out, mixed_, update_, layer.attended);
   }
 };
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import final
 
 import torch
@@ -42,7 +43,10 @@ class DecodeLayer:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Kept:
-    """Keys and values of a layer, and how queries attend to them (see ``decode_attention``)."""
+    """Keys and values of a layer, and how queries attend to them (see ``decode_attention``).
+
+    ``results`` are where to leave what the layer's products make, in their order; empty: nowhere.
+    """
 
     prompt_keys: Float[Tensor, "P K W D"]
     prompt_values: Float[Tensor, "P K W D"]
@@ -50,6 +54,10 @@ class Kept:
     own_values: Float[Tensor, "S K C D"]
     scaling: float
     window: int | None
+    results: Sequence[Float[Tensor, "N _"]] = ()
+
+
+_RESULTS = ("packed", "attended", "gates", "update")
 
 
 class _Sizes(ctypes.Structure):
@@ -73,7 +81,7 @@ class _Layer(ctypes.Structure):
         *((name, _Product) for name in ("query_key_value", "out", "gate_up", "down")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("prompt_keys", "prompt_values", "own_keys", "own_values")
+            for name in ("prompt_keys", "prompt_values", "own_keys", "own_values", *_RESULTS)
         ),
         *((name, ctypes.c_int64) for name in ("prompt_columns", "own_columns", "window")),
         ("scaling", ctypes.c_double),
@@ -105,6 +113,8 @@ class DecodeLayers:
         self._last = _norm(last)
         self._inner = _own(layers[0].down).panels.inner
         self._mixed = _own(layers[0].out).panels.inner
+        self.widths = [_widths(layer) for layer in layers]
+        """Of the results of each layer's four products."""
 
     def step(
         self,
@@ -142,6 +152,7 @@ class DecodeLayers:
         for layer, there in zip(self._layers, kept, strict=True):
             assert len(there.own_keys) >= len(hidden), "a slot for every row"
             _point(layer, there, self._dtype)
+            _leave(layer, there.results, len(hidden), self._dtype)
         key_heads, width = kept[0].own_keys.shape[1], turn[0].shape[1]
         sizes = _Sizes(*hidden.shape, self._mixed // width, key_heads, width, self._inner)
         rows = _Rows(*(x.data_ptr() for x in (*turn, *indices)))
@@ -175,6 +186,14 @@ def _point(layer: _Layer, kept: Kept, dtype: torch.dtype) -> None:
     layer.window, layer.scaling = kept.window or 0, kept.scaling
 
 
+def _leave(layer: _Layer, results: Sequence[Tensor], rows: int, dtype: torch.dtype) -> None:
+    """Where the layer's products leave what they make."""
+    assert all(x.is_contiguous() and x.dtype == dtype for x in results), "as results are made"
+    assert all(len(x) == rows for x in results), "a row of results for each"
+    for name, there in zip_longest(_RESULTS, results):
+        setattr(layer, name, None if there is None else there.data_ptr())
+
+
 def _layer(layer: DecodeLayer) -> _Layer:
     norms = (layer.before_attention, *layer.head_norms, layer.before_mlp)
     products = (layer.query_key_value, layer.out, layer.gate_up, layer.down)
@@ -183,6 +202,12 @@ def _layer(layer: DecodeLayer) -> _Layer:
 
 def _norm(norm: NormWeight | HeadNorm | None) -> _Norm:
     return _Norm(None, 0.0) if norm is None else _Norm(norm[0].data_ptr(), norm[1])
+
+
+def _widths(layer: DecodeLayer) -> list[int]:
+    """Of the results of the layer's products, in the order of ``_RESULTS``."""
+    products = (layer.query_key_value, layer.out, layer.gate_up, layer.down)
+    return [_own(product).panels.columns for product in products]
 
 
 def _product(product: Product) -> _Product:

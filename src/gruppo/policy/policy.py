@@ -7,7 +7,6 @@ its state as plain tensors and numbers and takes it back.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from gruppo import dist
 from gruppo.model import (
+    Activations,
     Casts,
     Products,
     Scored,
     base_model,
     can_fuse,
     can_pack,
-    cast_frozen,
     choosing,
     completion_logp,
     is_adapted,
@@ -46,6 +45,7 @@ from gruppo.policy.optim import (
     make_adamw,
     update_ratio,
 )
+from gruppo.policy.reference import blend, frozen_copy
 
 ReferenceKind = Literal["none", "copy", "adapter"]
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -70,7 +70,8 @@ class Policy:
     """The policy that is trained.
 
     ``version`` counts optimizer updates made; ``packed`` says whether groups share their prompt's
-    computation. ``model`` is in evaluation mode except between :meth:`logp` and :meth:`step`.
+    computation, ``fused`` whether a layer is few calls of compiled kernels. ``model`` is in
+    evaluation mode except between :meth:`logp` and :meth:`step`.
     """
 
     def __init__(  # noqa: PLR0913 - a model, and seven independent ways to compute
@@ -84,6 +85,7 @@ class Policy:
         temperature: float = 1.0,
         packing: bool = True,
         products: Products = "torch",
+        activations: Activations | None = None,
     ) -> None:
         """Take a model as :func:`gruppo.model.load` or :func:`gruppo.model.attach` gives it.
 
@@ -97,6 +99,8 @@ class Policy:
             temperature: The sampling temperature, for all log-probabilities.
             packing: Compute a prompt once for its group, if the model allows it (tried here).
             products: What multiplies; with gradient checkpointing "torch" alone.
+            activations: Those that an engine over the same module keeps; taken until the first
+                :meth:`step` after they were opened.
 
         Raises:
             ValueError: a setting is bad, or "adapter" is asked for a model without one.
@@ -112,12 +116,13 @@ class Policy:
         self._autocast = is_autocast(compute_dtype)
         self._products: Products = products if self.device.type == "cpu" else "torch"
         self._casts = Casts()
+        self.activations = activations or Activations()
         self._adamw = make_adamw(model, optim)
         self._kind = reference
-        self._copy = _frozen_copy(model, compute_dtype) if reference == "copy" else None
+        self._copy = frozen_copy(model, compute_dtype) if reference == "copy" else None
         model.eval()
         self.packed = packing and can_pack(model)
-        self._fused = self.packed and can_fuse(model)
+        self.fused = self.packed and can_fuse(model)
 
     @property
     def device(self) -> torch.device:
@@ -187,6 +192,7 @@ class Policy:
         A gradient that is not finite moves nothing and is dropped.
         """
         self._casts.clear()
+        self.activations.clear()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         norm = gradient_norm(trainable)
         lr = lr_at(self.optim, self.version + 1, self.total_updates)
@@ -223,7 +229,7 @@ class Policy:
             raise ValueError(f"mixup = {mixup} must lie in (0, 1]; 1 copies the policy")
         if self._copy is None:
             raise ValueError(f"reference = {self._kind!r} cannot be moved; use reference = 'copy'")
-        _blend(self._copy, self.model, mixup)
+        blend(self._copy, self.model, mixup)
         self.reference_updates += 1
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -253,6 +259,7 @@ class Policy:
         """
         moved = self._copy if scalars["reference_updates"] else None
         wanted = _expected(self.model, moved, tensors)
+        self.activations.clear()
         self._adamw.state.clear()
         for name, p in _trainable(self.model):
             p.copy_(tensors[f"model.{name}"])
@@ -313,8 +320,9 @@ class Policy:
                 temperature=self.temperature,
                 entropy=entropy,
                 packed=self.packed,
-                fused=self._fused,
+                fused=self.fused,
                 casts=self._casts if keeps else None,
+                activations=self.activations if model is self.model else None,
             )
 
 
@@ -331,20 +339,6 @@ def _refuse(model: nn.Module, reference: ReferenceKind, products: Products) -> N
             f"products = {products!r} with a model of gradient checkpointing: what is recomputed "
             "would differ by rounding; use products = 'torch'"
         )
-
-
-def _frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    if is_autocast(dtype):
-        cast_frozen(frozen, dtype)
-    return frozen
-
-
-def _blend(reference: nn.Module, policy: nn.Module, mixup: float) -> None:
-    for held, live in zip(reference.parameters(), policy.parameters(), strict=True):
-        # a bfloat16 reference would lose small moves if they were summed in bfloat16
-        wide = torch.promote_types(held.dtype, live.dtype)
-        held.copy_(torch.lerp(held.to(wide), live.to(wide), mixup))
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -18,6 +18,7 @@ from gruppo.environment import Environment, Episodes, VerifiersEnvironment
 from gruppo.evaluate import Evaluator
 from gruppo.interrupt import ending_with
 from gruppo.model import (
+    Activations,
     Encoder,
     Loaded,
     Products,
@@ -138,6 +139,7 @@ def open_model(section: ModelSection, recipe: Recipe, report: Report) -> Opened:
         max_cached_tokens=recipe.engine.max_cached_tokens,
         kind=recipe.engine.kind,
         products=products,
+        activations=Activations(int(recipe.engine.max_kept_gib * 2**30)),
     )
     if recipe.engine.kind == "shared" and not engine.is_shared:
         report(f"engine: {section.name} cannot share prompts, so it is drawn in plain waves")
@@ -235,7 +237,13 @@ def _assemble(
         temperature=recipe.rollout.temperature,
         packing=recipe.model.packing,
         products=opened.products,
+        activations=opened.engine.activations,
     )
+    if recipe.engine.max_kept_gib and not (opened.engine.can_keep and policy.fused):
+        report(
+            f"engine: max_kept_gib = {recipe.engine.max_kept_gib:g} keeps nothing: it needs a "
+            'model of Llama\'s kind on a CPU, products = "native", packing, and no adapter'
+        )
     if recipe.model.packing and not policy.packed:
         report(
             f"policy: {recipe.model.name} cannot be packed, so each completion has its own prompt"

@@ -81,6 +81,8 @@ class EngineSection:
     opening) take ``"plain"`` waves. ``max_rows`` completions are drawn at once;
     ``max_cached_tokens`` bounds the tokens whose keys and values are held at once (buffers round
     up), every prompt counted once and every running completion with its whole budget.
+    ``max_kept_gib`` is memory in which activations of drawn tokens are kept, so that the step's
+    first update need not compute them again; 0 keeps none.
     """
 
     __pydantic_config__: ClassVar = _FORBID
@@ -88,12 +90,15 @@ class EngineSection:
     kind: EngineKind = "shared"
     max_rows: int = 128
     max_cached_tokens: int | None = None
+    max_kept_gib: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:
             raise ValueError(f"max_rows = {self.max_rows}: must be at least 1")
         if self.max_cached_tokens is not None and self.max_cached_tokens < 1:
             raise ValueError(f"max_cached_tokens = {self.max_cached_tokens}: must be at least 1")
+        if self.max_kept_gib < 0:
+            raise ValueError(f"max_kept_gib = {self.max_kept_gib}: must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

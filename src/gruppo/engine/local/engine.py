@@ -16,6 +16,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from gruppo import native
 from gruppo.engine.base import (
     Decode,
     EngineKind,
@@ -37,6 +38,7 @@ from gruppo.engine.local.shared import Advance, Drawing, Drawn, Spoken
 from gruppo.engine.local.store import Store
 from gruppo.engine.local.waves import Waves
 from gruppo.memory import Fitting
+from gruppo.model.activations import Activations
 from gruppo.model.decoder import find_decoder
 from gruppo.model.parts import context_length, text_config
 from gruppo.model.products import Products, choosing
@@ -51,6 +53,7 @@ class _Ready:
 
     store: Store
     advance: Advance | None = None
+    activations: Activations | None = None
     replays: Replays | None = None
 
     @property
@@ -64,6 +67,7 @@ class LocalEngine:
 
     ``is_shared`` says whether groups share their prompt; ``peak_cache_bytes`` is the most memory
     that keys and values took in the last call; on CUDA with graphs and 16-bit weights.
+    ``activations`` hold what was computed of drawn tokens.
 
     Args:
         model: the module, with an adapter or without (shared with the policy, or the engine's
@@ -79,6 +83,8 @@ class LocalEngine:
             once and every running completion with its whole budget; None for no bound.
         kind: "plain" never shares a prompt's keys nor refills a running batch.
         products: what multiplies on a CPU, as in training ("onednn" and "torch" are one here).
+        activations: take what is computed of drawn tokens while they are open, where one kernel
+            computes all layers; for an engine that shares the policy's module.
 
     Raises:
         ValueError: an argument cannot be used.
@@ -95,6 +101,7 @@ class LocalEngine:
         max_cached_tokens: int | None = None,
         kind: EngineKind = "shared",
         products: Products = "torch",
+        activations: Activations | None = None,
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows = {max_rows}; use 1 or more")
@@ -113,6 +120,7 @@ class LocalEngine:
         self._max_rows = max_rows
         self._products: Products = products
         self._max_cached_tokens = max_cached_tokens
+        self.activations = activations or Activations()
         self._fitting = Fitting("engine.max_rows")
         self._version = 0
         self._is_aborted = False
@@ -121,6 +129,13 @@ class LocalEngine:
         capture = capture_for(next(model.parameters()).device) if self.is_shared else None
         self._replays = None if capture is None else Replays(capture, compute_dtype)
         self.peak_cache_bytes = 0
+
+    @property
+    def can_keep(self) -> bool:
+        """Whether ``activations`` take what is computed: the own kernels do it for all layers."""
+        decoder = find_decoder(self._open()) if self._can_fuse else None
+        is_plain = decoder is not None and not any(layer.adapters for layer in decoder.layers)
+        return is_plain and self._products == "native" and native.can_multiply(self._compute_dtype)
 
     @property
     def version(self) -> int:
@@ -155,7 +170,7 @@ class LocalEngine:
         )
         return [
             tuple(
-                self._complete(drawn, Row(request=index, sample=at, limit=limit), sampling)
+                self._complete(drawn, request, Row(request=index, sample=at, limit=limit), sampling)
                 for at in range(request.num_samples)
             )
             for index, (request, limit) in enumerate(zip(requests, limits, strict=True))
@@ -218,6 +233,7 @@ class LocalEngine:
                 store=ready.store,
                 spoken=self._spoken(sampling),
                 advance=ready.advance,
+                activations=ready.activations,
                 replays=ready.replays,
             )
             while not (schedule.is_done or self._is_aborted):
@@ -246,8 +262,10 @@ class LocalEngine:
             with copies as products, choosing(self._products):
                 layers = text_config(model).num_hidden_layers
                 store = Store(layers, slots=slots, dtype=dtype or next(model.parameters()).dtype)
-                advance = FusedStep(decoder, products, store) if decoder else None
-                yield _Ready(store=store, advance=advance)
+                kept = self.activations
+                advance = FusedStep(decoder, products, store, kept) if decoder else None
+                keeps = advance is not None and advance.keeps
+                yield _Ready(store=store, advance=advance, activations=kept if keeps else None)
 
     def _plain(
         self,
@@ -282,7 +300,9 @@ class LocalEngine:
         stop, decode = sampling.stop, self._decode
         return lambda rows: [ends_in_stop(row, stop=stop, decode=decode) for row in rows]
 
-    def _complete(self, drawn: Mapping[Row, Drawn], row: Row, sampling: Sampling) -> Completion:
+    def _complete(
+        self, drawn: Mapping[Row, Drawn], request: Request, row: Row, sampling: Sampling
+    ) -> Completion:
         unbegun = Drawn(tokens=[], logp=[], stopped=False, aborted=row.limit > 0)
         found = drawn.get(row, unbegun)
         made = complete(
@@ -293,4 +313,5 @@ class LocalEngine:
             version=self._version,
             decode=self._decode,
         )
+        self.activations.add(request.tokens, made.tokens, found.kept)
         return replace(made, finish="abort") if found.aborted else made

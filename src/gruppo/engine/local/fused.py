@@ -8,7 +8,7 @@ and no gradient, and serves only decoders of Llama's kind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gruppo import native
 from gruppo.engine.local.packed import Product, Products
 from gruppo.engine.local.store import Decode, Store
+from gruppo.model.activations import Activations, LayerResults
 from gruppo.model.adapter import LowRank
 from gruppo.model.decoder import Decoder, Group, Layer, Norm
 from gruppo.model.low_rank import LowRanks
@@ -33,9 +34,16 @@ class FusedStep:
         decoder: the model's parts.
         products: with the matrices of a group of its layers.
         store: where the keys and values are; the prompts were computed into it.
+        activations: take what the layers' products make, where one call does all layers.
     """
 
-    def __init__(self, decoder: Decoder, products: Products, store: Store) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        products: Products,
+        store: Store,
+        activations: Activations | None = None,
+    ) -> None:
         self._store = store
         self._embedding = decoder.embedding
         self._rotary = decoder.rotary
@@ -43,8 +51,12 @@ class FusedStep:
         self._norm = _wide(decoder.norm)
         self._head = products(decoder.head)
         self._together = None
+        self._results: Sequence[LayerResults] = ()
         if native.can_decode(self._layers, store.dtype):
             self._together = native.DecodeLayers(self._layers, self._norm, store.dtype)
+            if activations is not None:
+                self._results = activations.layers(self._together.widths, store.dtype)
+        self.keeps = bool(self._results)
 
     def __call__(
         self, tokens: Int[Tensor, "N"], positions: Int[Tensor, "N"], step: Decode
@@ -62,12 +74,23 @@ class FusedStep:
         normed = self._together.step(
             hidden,
             (cosine, sine),
-            [step.kept(layer) for layer in self._store.layers],
+            self._kept(step, len(hidden)),
             place=step.place,
             prompt_length=step.prompt_length,
             own_length=step.own_length,
         )
         return self._head(normed)
+
+    def _kept(self, step: Decode, rows: int) -> list[native.Kept]:
+        """Of every layer what there is, and where its results go."""
+        layers, first = self._store.layers, step.kept_at
+        if first is None:
+            return [step.kept(layer) for layer in layers]
+        here = slice(first, first + rows)
+        return [
+            step.kept(layer, [result[here] for result in results])
+            for layer, results in zip(layers, self._results, strict=True)
+        ]
 
     def _one_by_one(self, hidden: Tensor, turn: tuple[Tensor, Tensor], step: Decode) -> Tensor:
         """Normed hidden states after all layers, by a call for each operation."""

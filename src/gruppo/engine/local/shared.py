@@ -8,7 +8,7 @@ own key and position alone, so neither on its slot nor on its company, but for r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -21,6 +21,7 @@ from gruppo.engine.local.schedule import Admission, Row, Schedule
 from gruppo.engine.local.seats import Seat
 from gruppo.engine.local.store import Decode, Piece, Prefill, Store
 from gruppo.engine.sampler import Told, draw, stream, uniforms
+from gruppo.model.activations import Activations
 from gruppo.types import Request, Sampling
 
 PREFILL_TOKENS = 2048
@@ -35,11 +36,15 @@ Advance = Callable[[Tensor, Tensor, Decode], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """What a row has drawn; ``stopped``: by a stop token or string, else by its limit."""
+    """What a row has drawn; ``stopped``: by a stop token or string, else by its limit.
+
+    ``kept``: where the activations of its first tokens are.
+    """
 
     tokens: list[int]
     logp: list[float]
     stopped: bool
+    kept: list[int] = field(default_factory=list)
     aborted: bool = False
 
 
@@ -54,6 +59,7 @@ class Slots:
         self._prompts: list[int] = []
         self._tokens: list[list[int]] = []
         self._logp: list[list[float]] = []
+        self._kept: list[list[int]] = []
 
     def __len__(self) -> int:
         return len(self._limits)
@@ -73,6 +79,7 @@ class Slots:
         self._prompts += [len(a.tokens) for a in asked]
         self._tokens += [[] for _ in rows]
         self._logp += [[] for _ in rows]
+        self._kept += [[] for _ in rows]
 
     @property
     def prompt_length(self) -> Int[Tensor, "N"]:
@@ -96,6 +103,11 @@ class Slots:
             self._tokens[slot].append(said)
             self._logp[slot].append(value)
 
+    def keep(self, first: int) -> None:
+        """The activations of every row's last token are kept from ``first`` on."""
+        for at, kept in enumerate(self._kept, start=first):
+            kept.append(at)
+
     def last(self) -> Int[Tensor, "N"]:
         """The token drawn last by each row."""
         return self._state[4]
@@ -118,7 +130,8 @@ class Slots:
     def take(self, slot: int, *, stopped: bool, aborted: bool = False) -> Drawn:
         """What the row in ``slot`` has drawn."""
         tokens, logp = self._tokens[slot], self._logp[slot]
-        return Drawn(tokens=tokens, logp=logp, stopped=stopped, aborted=aborted)
+        kept = self._kept[slot]
+        return Drawn(tokens=tokens, logp=logp, stopped=stopped, kept=kept, aborted=aborted)
 
     def move(self, moves: Sequence[tuple[int, int]], left: int) -> None:
         """Move rows (from, to), and keep the first ``left``."""
@@ -130,6 +143,7 @@ class Slots:
         self._prompts = [self._prompts[slot] for slot in keep]
         self._tokens = [self._tokens[slot] for slot in keep]
         self._logp = [self._logp[slot] for slot in keep]
+        self._kept = [self._kept[slot] for slot in keep]
 
 
 @final
@@ -137,7 +151,7 @@ class Drawing:
     """One call of ``generate``: rows in, what they drew out.
 
     ``advance`` computes decode steps in place of the model's own forward, ``replays`` in place of
-    both as long as it can.
+    both as long as it can. ``activations`` are those that ``advance`` keeps.
     """
 
     def __init__(  # noqa: PLR0913 - what to draw, how, and what with
@@ -151,6 +165,7 @@ class Drawing:
         spoken: Spoken | None,
         advance: Advance | None = None,
         replays: Replays | None = None,
+        activations: Activations | None = None,
     ) -> None:
         self._model = model
         self._advance = advance or self._forward_step
@@ -164,6 +179,7 @@ class Drawing:
         self._ends = frozenset(sampling.stop_tokens)
         self._decode: Decode | None = None
         self._replays = replays
+        self._activations = activations
         self._is_seated = False
         self._first: dict[int, Tensor] = {}
         self.drawn: dict[Row, Drawn] = {}
@@ -219,6 +235,10 @@ class Drawing:
             self._decode = Decode.of(self._store, places, slots.prompt_length, slots.own_length - 1)
         else:
             self._decode.advance()
+        if self._activations is not None:
+            self._decode.kept_at = self._activations.reserve(len(slots))
+            if self._decode.kept_at is not None:
+                slots.keep(self._decode.kept_at)
         return self._advance(slots.last(), self._decode.positions, self._decode)
 
     def _replayed(self, replays: Replays) -> Tensor | None:

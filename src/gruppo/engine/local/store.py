@@ -203,6 +203,7 @@ class Decode:
 
     ``places`` are the rows' prompts (``place`` [N] the same), ``prompt_length`` [N] their lengths,
     ``own_length`` [N] the tokens each has in the store, the one being computed not counted.
+    ``kept_at`` is where the first row's activations are to be kept, those of the others after it.
     """
 
     store: Store
@@ -212,6 +213,7 @@ class Decode:
     own_length: Int[Tensor, "N"]
     columns: int
     _masks: dict[int | None, Tensor]
+    kept_at: int | None = None
     _grouping: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
@@ -276,8 +278,11 @@ class Decode:
             window=rule.window,
         )
 
-    def kept(self, layer: LayerStore) -> native.Kept:
-        """A layer's keys and values for the kernels, which know a plain rule alone."""
+    def kept(self, layer: LayerStore, results: Sequence[Tensor] = ()) -> native.Kept:
+        """A layer's keys and values for the kernels, which know a plain rule alone.
+
+        ``results`` take what the layer's products make.
+        """
         rule, width = layer.rule, layer.own_keys.shape[3]
         assert rule.is_plain, "the kernel knows no soft cap and no sinks"
         return native.Kept(
@@ -287,6 +292,7 @@ class Decode:
             own_values=layer.own_values,
             scaling=width**-0.5 if rule.scaling is None else rule.scaling,
             window=rule.window,
+            results=results,
         )
 
     def _plain(self, layer: LayerStore, query: Tensor, rule: AttentionRule) -> Tensor:
