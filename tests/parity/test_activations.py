@@ -88,9 +88,21 @@ def opened(size: int = ROOM) -> Activations:
     return activations
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def adapted(rank: int) -> nn.Module:
+    """An adapter that has been trained: B is not 0."""
+    pytest.importorskip("peft")
+    model = attach(build("llama"), Lora(rank=rank, alpha=7.0), compute_dtype=torch.float32)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for place, parameter in model.named_parameters():
+            if "lora_B" in place:
+                parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "adapter"])
 def test_log_probabilities_and_gradients(name):
-    model, activations = build(name), opened()
+    model, activations = adapted(3) if name == "adapter" else build(name), opened()
     drawn = draw(model, activations)
     assert len(set(drawn.counts)) > 3, "they end at different steps"
     known = drawn.known(activations)
@@ -221,8 +233,26 @@ def test_the_reference_does_not_take_them():
     assert torch.equal(trained.ref_logp(*given).logp, before)
 
 
+def test_a_reference_by_the_adapter_turned_off_does_not_take_them():
+    model, activations = adapted(4), opened()
+    trained = Policy(
+        model,
+        optim=Optim(),
+        total_updates=3,
+        products="native",
+        reference="adapter",
+        activations=activations,
+    )
+    drawn = draw(model, activations)
+    given = (drawn.prompts, drawn.tokens, torch.tensor(drawn.counts))
+    with_them, logp = trained.ref_logp(*given).logp, trained.old_logp(*given).logp
+    activations.clear()
+    assert torch.equal(with_them, trained.ref_logp(*given).logp)
+    assert (with_them - logp).abs().max() > 0.1
+
+
 def test_where_they_cannot_be_kept():
-    """Where torch multiplies, an adapter adds something, or waves are drawn."""
+    """Where torch multiplies, or waves are drawn."""
     model = build("llama")
 
     def can(model: nn.Module, **settings) -> bool:
@@ -236,8 +266,6 @@ def test_where_they_cannot_be_kept():
     assert can(model)
     assert not can(model, products="torch")
     assert not can(model, kind="plain")
-    pytest.importorskip("peft")
-    assert not can(attach(model, Lora(rank=2), compute_dtype=torch.float32))
 
 
 def test_memory_that_there_is_not():

@@ -29,7 +29,7 @@ from gruppo.model.gradient import summing
 from gruppo.model.logprob import Scored
 from gruppo.model.low_rank import LowRanks
 from gruppo.types import Request, Sampling
-from support.engines import letters
+from support.engines import letters, unequal_groups
 from support.passes import (
     LENGTHS,
     PROMPTS,
@@ -46,7 +46,8 @@ peft = pytest.importorskip("peft")
 def adapted(name: str = "llama", *, half: bool = False, **options: object) -> nn.Module:
     """A model whose adapter has been trained: B is not 0."""
     dtype = torch.bfloat16 if half else torch.float32
-    model = attach(build(name), Lora(rank=3, alpha=7.0, **options), compute_dtype=dtype)
+    chosen = Lora(**{"rank": 3, "alpha": 7.0, **options})
+    model = attach(build(name), chosen, compute_dtype=dtype)
     torch.manual_seed(2)
     with torch.no_grad():
         for place, parameter in model.named_parameters():
@@ -266,6 +267,33 @@ def test_a_decode_step_has_the_adapter(half, products, monkeypatch):
     assert length.tolist() == [40] * 3
     assert (mine - plain).abs().max() < (0.15 if half else 2e-5)
     assert (mine - base).abs().mean() > 0.1
+
+
+@needs_kernels
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("rank", [3, 4])
+def test_an_adapters_layers_in_one_call_are_the_same_bits(half, rank, monkeypatch):
+    """As a call for each operation, with an odd number of ranks too."""
+    if half and not native.can_multiply(torch.bfloat16):
+        pytest.skip("no native bfloat16 products here")
+    model = adapted(half=half, rank=rank, targets=("q_proj", "o_proj", "up_proj", "down_proj"))
+    dtype = torch.bfloat16 if half else torch.float32
+    calls: list[int] = []
+    step = native.DecodeLayers.step
+    monkeypatch.setattr(
+        native.DecodeLayers, "step", lambda *given, **more: calls.append(1) or step(*given, **more)
+    )
+    found = []
+    for together in (True, False):
+        if not together:
+            monkeypatch.setattr(native, "can_decode", lambda layers, dtype: False)
+        engine = LocalEngine(
+            model, letters, pad_token=0, products="native", max_rows=3, compute_dtype=dtype
+        )
+        found.append(engine.generate(unequal_groups(), Sampling(max_tokens=40)))
+        assert bool(calls) == together
+        calls.clear()
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("off", "everywhere", "packs"), [(0.8, False, True), (0.21, True, False)])

@@ -138,7 +138,7 @@ def footprint(  # noqa: PLR0913 - a model, and what decides how it is computed
         kept = kept_bytes(decoder, shape.packed(), dtype=compute, head_width=width)
         copies = copied_bytes(decoder, dtype=compute, products=products)
         counted = _count(model, known, compute, saved=kept, copies=copies, thrift=thrift)
-        if lora is not None or products != "native":
+        if products != "native":
             return counted
         widths = [sum(result_widths(layer)) for layer in decoder.layers]
         tokens = sum(max(count - 1, 0) for group in shape.completions for count in group)

@@ -12,8 +12,9 @@ from typing import final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from gruppo import native
 from gruppo.model.adapter import LowRank
 from gruppo.model.joint import Joint, give_products
 
@@ -42,12 +43,22 @@ class LowRanks:
                 self._ranks.append(slice(rank, rank := rank + len(one.down)))
             start += size
         self._down = Joint([one.down for one in self._present], dtype)
-        self._up = Joint([self._blocks(start, rank)], dtype)
+        self._scaled = self._blocks(start, rank)
+        self._up = Joint([self._scaled], dtype)
+        self._dtype = dtype
         self._inner: Tensor | None = None
 
     def forward(self, rows: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
         """What is added for ``rows``; both are in the products' type."""
         return self._up.forward(self._down.forward(rows))
+
+    def cut(self) -> tuple[native.Panels, native.Panels]:
+        """What the own kernels multiply by in place of ``forward``; an even number of ranks."""
+        down, up = [one.down.detach() for one in self._present], self._scaled
+        odd = up.shape[1] % 2  # numbers are read in pairs
+        down += [torch.zeros_like(down[0][:odd])] * odd
+        up = nn.functional.pad(up, (0, odd))
+        return native.cut_columns(down, self._dtype), native.cut_columns([up], self._dtype)
 
     def backward(self, grad: Float[Tensor, "N O"]) -> Float[Tensor, "N I"]:
         """What they add to the gradient of the rows, from that of the results."""

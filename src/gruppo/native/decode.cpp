@@ -1,9 +1,11 @@
 // All layers of a decode step in one call: what the other kernels do, one after the other.
 
+#include <algorithm>
 #include <cstdint>
 #include <new>
 #include <vector>
 
+#include "numbers.h"
 #include "room.h"
 
 namespace {
@@ -23,6 +25,8 @@ struct Norm {
 struct Product {
   const void* panels;
   const float* bias;  // null: none
+  const void *down, *up;  // an adapter's two matrices, its scale in the second
+  int64_t rank;           // 0: no adapter
 };
 
 struct Layer {
@@ -67,7 +71,7 @@ class Step {
   const Sizes& sizes_;
   const Rows& rows_;
   H* hidden_;
-  std::vector<T> normed_, packed_, query_, mixed_, update_, gates_, open_;
+  std::vector<T> normed_, packed_, query_, mixed_, update_, gates_, open_, low_, beside_;
   const T* added_ = nullptr;  // what the residual stream has still to take
 
  public:
@@ -101,9 +105,27 @@ class Step {
   const T* multiply(const Product& by, const std::vector<T>& left, std::vector<T>& room, void* kept) {
     const int64_t inner = left.size() / sizes_.rows, columns = room.size() / sizes_.rows;
     T* to = kept ? static_cast<T*>(kept) : room.data();
-    kernels_.multiply(sizes_.rows, inner, columns, inner, columns, 0, left.data(),
-                      static_cast<const T*>(by.panels), by.bias, to);
+    multiply(by.panels, by.bias, left.data(), inner, to, columns);
+    if (by.rank) adapt(by, left.data(), inner, to, columns);
     return to;
+  }
+
+  void multiply(const void* panels, const float* bias, const T* left, int64_t inner, T* to,
+                int64_t columns) {
+    kernels_.multiply(sizes_.rows, inner, columns, inner, columns, 0, left,
+                      static_cast<const T*>(panels), bias, to);
+  }
+
+  // Adds what an adapter makes of the same rows, rounded before the sum, as the layers do.
+  void adapt(const Product& by, const T* left, int64_t inner, T* to, int64_t columns) {
+    const int64_t count = sizes_.rows * columns;
+    low_.resize(std::max<int64_t>(low_.size(), sizes_.rows * by.rank));
+    beside_.resize(std::max<int64_t>(beside_.size(), count));
+    multiply(by.down, nullptr, left, inner, low_.data(), by.rank);
+    multiply(by.up, nullptr, low_.data(), by.rank, beside_.data(), columns);
+    const T* added = beside_.data();
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < count; ++i) narrow(widen(to[i]) + widen(added[i]), to + i);
   }
 
   void attend(const Layer& layer) {

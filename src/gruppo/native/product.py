@@ -40,6 +40,19 @@ class PanelProduct:
         return multiply(rows, self.panels, bias=self.bias)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AdaptedProduct:
+    """The same plus what a low-rank adapter adds: the rows times ``down`` times ``up``."""
+
+    own: PanelProduct
+    down: Panels
+    up: Panels
+
+    def __call__(self, rows: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
+        """Each of the three results is rounded to the type of the rows."""
+        return self.own(rows).add_(multiply(multiply(rows, self.down), self.up))
+
+
 @cache
 def can_multiply(dtype: torch.dtype) -> bool:
     """Whether there are kernels for products in ``dtype``: for bfloat16 with AVX512-BF16 alone."""

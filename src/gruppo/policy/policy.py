@@ -144,7 +144,7 @@ class Policy:
     ) -> Scored:
         """Log-probabilities under the current weights, with a gradient."""
         self.model.train()  # gradient checkpointing and adapter dropout ask for this mode
-        return self._score(self.model, prompts, tokens, length, entropy=entropy)
+        return self._own(prompts, tokens, length, entropy=entropy)
 
     @torch.no_grad()
     def old_logp(
@@ -157,7 +157,7 @@ class Policy:
     ) -> Scored:
         """Log-probabilities under the current weights, without a gradient."""
         with _evaluating(self.model):
-            return self._score(self.model, prompts, tokens, length, entropy=entropy)
+            return self._own(prompts, tokens, length, entropy=entropy)
 
     @torch.no_grad()
     def ref_logp(
@@ -299,6 +299,13 @@ class Policy:
             base.save_pretrained(folder, state_dict=self.weights())
         tokenizer.save_pretrained(folder)
 
+    def _own(
+        self, prompts: Sequence[Sequence[int]], tokens: Tensor, length: Tensor, *, entropy: bool
+    ) -> Scored:
+        """By the policy itself, so by what is known of it."""
+        known = self.activations
+        return self._score(self.model, prompts, tokens, length, entropy=entropy, known=known)
+
     def _score(
         self,
         model: nn.Module,
@@ -307,6 +314,7 @@ class Policy:
         length: Tensor,
         *,
         entropy: bool,
+        known: Activations | None = None,
     ) -> Scored:
         # without a gradient a layer's copies are let go with the layer
         keeps = model is self.model and torch.is_grad_enabled()
@@ -322,7 +330,7 @@ class Policy:
                 packed=self.packed,
                 fused=self.fused,
                 casts=self._casts if keeps else None,
-                activations=self.activations if model is self.model else None,
+                activations=known,
             )
 
 

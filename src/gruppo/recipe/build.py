@@ -242,7 +242,7 @@ def _assemble(
     if recipe.engine.max_kept_gib and not (opened.engine.can_keep and policy.fused):
         report(
             f"engine: max_kept_gib = {recipe.engine.max_kept_gib:g} keeps nothing: it needs a "
-            'model of Llama\'s kind on a CPU, products = "native", packing, and no adapter'
+            'model of Llama\'s kind on a CPU, products = "native", and packing'
         )
     if recipe.model.packing and not policy.packed:
         report(

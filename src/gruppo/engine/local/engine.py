@@ -133,9 +133,8 @@ class LocalEngine:
     @property
     def can_keep(self) -> bool:
         """Whether ``activations`` take what is computed: the own kernels do it for all layers."""
-        decoder = find_decoder(self._open()) if self._can_fuse else None
-        is_plain = decoder is not None and not any(layer.adapters for layer in decoder.layers)
-        return is_plain and self._products == "native" and native.can_multiply(self._compute_dtype)
+        is_native = self._products == "native" and native.can_multiply(self._compute_dtype)
+        return self._can_fuse and is_native
 
     @property
     def version(self) -> int:

@@ -139,6 +139,8 @@ def _with_adapters(
     if not any(found):
         return product
     added = LowRanks(found, [layer.out_features for layer in group], dtype)
+    if isinstance(product, native.PanelProduct):
+        return native.AdaptedProduct(product, *added.cut())
     return lambda rows: product(rows).add_(added.forward(rows))
 
 
