@@ -48,8 +48,9 @@ class Interrupts:
     held: bool = False
     owner: int = field(default_factory=os.getpid)
     pending: list[int] = field(default_factory=list)
-    lost: bool = False
-    otherwise: Callable[[sys.UnraisableHookArgs], object] = sys.__unraisablehook__
+    _lost: bool = field(default=False, init=False)
+    _is_retry: bool = field(default=False, init=False)
+    _retry: threading.Timer | None = field(default=None, init=False)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -76,41 +77,73 @@ class Interrupts:
         """Let signals through again; raises ``Interrupted`` if one has waited."""
         self.held = False
         if self.pending:
-            raise Interrupted(self.pending[0])
+            raise self._told()
+
+    def told_in(self, text: str) -> Interrupted | None:
+        """The signal that has been raised, if ``text`` names it."""
+        raised = self.pending and not self.held
+        return self._told() if raised and signal.Signals(self.pending[0]).name in text else None
+
+    def _told(self) -> Interrupted:
+        """What to raise for the first signal, wherever it had got lost."""
+        self._lost = False
+        return Interrupted(self.pending[0])
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
         if os.getpid() != self.owner:  # a forked child: nothing here is its business
             os._exit(128 + signum)
-        if self.pending and not self.lost:
+        is_retry, self._is_retry = self._is_retry, False
+        if is_retry and not self._lost:  # raised otherwise meanwhile
+            return
+        if self.pending and not self._lost:
             _end_children()
             os._exit(128 + signum)
-        self.lost = False
         self.pending.append(signum)
+        told = self._told()
         if not self.held:
-            raise Interrupted(signum)
+            raise told
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Inside, signals are this object's business, those too whose exception got lost."""
-        before, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
-        self.otherwise = before
+        """Inside, signals are this object's business, those too whose exception got lost.
+
+        Raises:
+            Interrupted: one is lost when all is done.
+        """
+        before = sys.unraisablehook
+
+        def find(unraisable: sys.UnraisableHookArgs) -> None:
+            if isinstance(unraisable.exc_value, Interrupted):
+                self._try_again(unraisable.exc_value.signum)
+            else:
+                before(unraisable)
+
+        sys.unraisablehook = find
         _installed.append(self)
         try:
             yield
+            if self._lost:
+                raise self._told()
         finally:
             _installed.pop()
             sys.unraisablehook = before
+            if self._retry is not None:
+                self._retry.cancel()
+                self._retry.join()  # what it has sent is handled here
 
-    def _on_unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
-        """Send a signal again whose ``Interrupted`` Python ignores."""
-        if not isinstance(unraisable.exc_value, Interrupted):
-            self.otherwise(unraisable)
-            return
-        self.lost = True
-        again = (threading.main_thread().ident, unraisable.exc_value.signum)
-        timer = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, again)
-        timer.daemon = True
-        timer.start()
+    def _try_again(self, signum: int) -> None:
+        """Send a signal again whose ``Interrupted`` Python has ignored, once it is out of there."""
+
+        def send() -> None:
+            self._is_retry = True
+            main = threading.main_thread().ident
+            assert main is not None, "it has started"
+            signal.pthread_kill(main, signum)
+
+        self._lost = True
+        self._retry = threading.Timer(_AGAIN_SECONDS, send)
+        self._retry.daemon = True
+        self._retry.start()
 
 
 @contextmanager
@@ -119,28 +152,21 @@ def unwrapped() -> Iterator[None]:
 
     Python 3.11 makes it the cause of a RuntimeError if it is raised while a class body's fields
     get their names, and a library in another language may keep its text alone: a signal during an
-    import or a check would look like a defect. An error in the handling of an ``Interrupted`` (its
-    context) stays what it is: saving may have failed.
+    import or a check would look like a defect.
     """
     try:
         yield
     except Exception as error:
-        causes = [e for e in _chain(error, "__cause__") if isinstance(e, Interrupted)]
-        if causes:
-            raise causes[0] from None
-        asked = _installed[-1].pending if _installed and not _installed[-1].held else []
-        if asked and not any(isinstance(e, Interrupted) for e in _chain(error, "__context__")):
-            raise Interrupted(asked[0]) from None
+        cause, seen = error.__cause__, {id(error)}
+        while cause is not None and id(cause) not in seen:
+            if isinstance(cause, Interrupted):
+                raise cause from None
+            seen.add(id(cause))
+            cause = cause.__cause__
+        told = _installed[-1].told_in(str(error)) if _installed else None
+        if told is not None:
+            raise told from None
         raise
-
-
-def _chain(error: BaseException | None, link: str) -> list[BaseException]:
-    """``error``, what ``link`` says came before it, and so on."""
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = getattr(error, link)
-    return chain
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def memory(
     copied_weights = (is_shared and model.device == "cpu") or compute == torch.bfloat16
     packed = found.linears if copied_weights else 0
     judges, judging = _judges(recipe, model.device)
-    results, wanted = _results(recipe, found)
+    results, is_all = _results(recipe, found)
     return MemoryPlan(
         process=process_bytes(recipe),
         weights=found.weights,
@@ -187,7 +187,7 @@ def memory(
         held=_held(found, largest),
         moments=2 * found.trainable,
         reference=found.frozen if copied else 0,
-        activations=found.saved - (found.spared if results == wanted else 0),
+        activations=found.saved - (found.spared if is_all else 0),
         copies=found.copies,
         head=_head(found, largest.shape.positions, products, cpu=model.device == "cpu"),
         cache=cache,
@@ -201,14 +201,16 @@ def memory(
     )
 
 
-def _results(recipe: Recipe, found: Footprint) -> tuple[int, int]:
-    """What kept activations take, and what those of all tokens that a step can draw would."""
-    rollout, engine = recipe.rollout, recipe.engine
+def _results(recipe: Recipe, found: Footprint) -> tuple[int, bool]:
+    """What kept activations take, and whether all that a step can train have room."""
+    rollout, bound = recipe.rollout, int(recipe.engine.max_kept_gib * _GIB)
+    objective = recipe.objective.build(max_tokens=rollout.max_tokens)
     batches = rollout.max_gen_batches if rollout.filter == "resample" else 1
     groups = math.ceil(rollout.prompts_per_step * rollout.oversample) * batches
-    every = groups * rollout.group_size * rollout.max_tokens * found.results
-    bound = int(engine.max_kept_gib * _GIB) if engine.kind == "shared" else 0
-    return min(bound, every), every
+    rows = groups * (rollout.group_size + objective.needs_greedy)
+    every = rows * rollout.max_tokens * found.results
+    # what is left over of a step is trained in the next one, when it is not known any more
+    return min(bound, every), 0 < every <= bound and rollout.oversample == 1
 
 
 def process_bytes(recipe: Recipe) -> int:

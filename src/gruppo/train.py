@@ -208,6 +208,7 @@ def iterate(run: Run, state: TrainState) -> Iteration:
         before_step=run.interrupts.hold,
         fitting=run.fitting,
     )
+    policy.activations.clear()
     run.engine.load(None, policy.version)
     return Iteration(collected=collected, targets=targets, result=result, version=version)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gruppo import native
 from gruppo.bench import curves, versus
 from gruppo.bench import machine as measured
 from gruppo.bench.curves import curve, positions
@@ -216,6 +217,20 @@ def test_both_systems_get_the_same_work(tiny_folder: Path, tmp_path: Path):
         versus_trl(Work(prompt_tokens=5), trl=Trl(python="x"), rounds=1)
     with pytest.raises(ValueError, match="--lora-rank 4 cannot be given to TRL"):
         versus_trl(Work(lora_rank=4, compute="float32"), trl=Trl(python="x"), rounds=1)
+
+
+def test_activations_that_are_kept_are_counted(tiny_folder, monkeypatch):
+    """All tokens but each completion's last, which predicts nothing."""
+    if not native.can_multiply(torch.float32):
+        pytest.skip("no C++ compiler here")
+    monkeypatch.setattr("gruppo.bench.measure.faster_products", lambda device, dtype: "native")
+    found = [
+        measure(Work(model=str(tiny_folder), max_kept_gib=gib, **SMALL)).kept_tokens
+        for gib in (0.0, 0.01)
+    ]
+    assert found == [0, 2 * 4 * (3 - 1)]
+    with pytest.raises(ValueError, match="nothing is kept with plain"):
+        Work(plain=True, max_kept_gib=1.0)
 
 
 def test_the_command_writes_a_curve_and_a_picture_of_it(tiny_folder, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_a_signal_of_which_only_the_text_is_left_comes_out_as_itself():
 
 
 def find_the_disk_full():
-    """A signal, and another error in its handling."""
+    """A signal, and another error after it."""
     try:
         os.kill(os.getpid(), signal.SIGINT)
     finally:
@@ -118,6 +118,68 @@ def test_a_signal_whose_exception_was_ignored_is_raised_again(held):
         go_on_after_a_finaliser(interrupts, held, reached)
     assert caught.value.exit_code == 143
     assert reached == ["after the finaliser", "after the work"][: 1 + held]
+
+
+def go_on_held(interrupts, said):
+    """A signal in a finaliser, told at the end of a held step before it is sent again."""
+    Deaf()
+    interrupts.hold()
+    try:
+        interrupts.release()
+    except Interrupted:
+        time.sleep(0.3)  # a checkpoint, say
+        said.append("saved")
+        raise
+
+
+def test_a_lost_signal_that_was_told_meanwhile_is_not_told_again():
+    interrupts, said = Interrupts(), []
+    with interrupts.installed(), pytest.raises(Interrupted):
+        go_on_held(interrupts, said)
+    assert said == ["saved"]
+
+
+def raise_after_a_finaliser():
+    Deaf()
+    raise ValueError("a defect")
+
+
+def test_a_defect_after_a_lost_signal_stays_one():
+    with Interrupts().installed():
+        with pytest.raises(ValueError, match="a defect"), unwrapped():
+            raise_after_a_finaliser()
+        with pytest.raises(Interrupted):
+            time.sleep(0.5)
+
+
+def test_a_signal_that_is_lost_when_all_is_done_is_told_then():
+    interrupts = Interrupts()
+    with pytest.raises(Interrupted), interrupts.installed():
+        Deaf()
+    time.sleep(0.3)  # and never sent again: the handlers are others'
+
+
+def test_the_second_signal_after_a_lost_one_was_told_is_final():
+    program = """
+        import os, signal, time
+        from gruppo.interrupt import Interrupted, Interrupts
+        class Deaf:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+        interrupts = Interrupts()
+        with interrupts.installed():
+            Deaf()
+            try:
+                os.kill(os.getpid(), signal.SIGINT)  # the user's second is the first to arrive
+            except Interrupted:
+                time.sleep(0.3)  # and the one sent again is not taken for a third
+                print("whole", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(words, timeout=30, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "whole\n")
 
 
 def test_a_program_whose_signal_was_ignored_is_stopped_and_says_nothing_of_it():

@@ -164,6 +164,40 @@ def test_plain_rows_are_drawn_from_the_weights_as_they_are(tiny_folder):
     assert half.packed == few.packed // 2 > 0
 
 
+def test_kept_activations_are_counted_and_spared(tiny_folder):
+    """Tiny: 2 layers of 32 with 4 and 2 heads of 8 and 64 between, in float32.
+
+    A token's results are 64 + 32 + 128 + 32 numbers a layer, of which a pass would keep all but the
+    last 32. Three groups of 4 completions of 20 tokens, of which 19 are read; 2 groups go together.
+    """
+    needs = 3 * 4 * 20 * 2 * (64 + 32 + 128 + 32) * 4
+    spared = 2 * 4 * 19 * 2 * (64 + 32 + 128) * 4
+
+    def planned(gib: float, *changes: str) -> tuple[int, int]:
+        found = plan.memory(
+            recipe(tiny_folder, "model.products=native", f"engine.max_kept_gib={gib!r}", *changes),
+            prompt_tokens=10,
+        )
+        return found.results, found.activations
+
+    none, without = planned(0.0)
+    assert none == 0
+    assert planned(1.0) == (needs, without - spared)
+    assert planned(needs / 2**30) == (needs, without - spared)
+    assert planned((needs - 4096) / 2**30) == (needs - 4096, without)
+    assert planned(1.0, "rollout.oversample=1.5") == (5 * needs // 3, without)
+    live = ("rollout.filter=resample", "rollout.max_gen_batches=4")
+    assert planned(1.0, *live) == (4 * needs, without - spared)
+    greedy = ("objective.credit={kind = 'remax'}",)
+    assert planned(1.0, *greedy)[0] == 5 * needs // 4
+    assert planned(1.0, "model.products=torch")[0] == 0
+    whole, lasting = (plan.memory(recipe(tiny_folder, *x), prompt_tokens=10) for x in KEEPING)
+    assert lasting.sampling - whole.sampling == lasting.updating - whole.updating == needs
+
+
+KEEPING = (["model.products=native"], ["model.products=native", "engine.max_kept_gib=1.0"])
+
+
 def test_what_a_captured_step_reads_stays_while_training(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert (plan._kept("cpu", 100), plan._kept("cuda", 100)) == (0, 100)

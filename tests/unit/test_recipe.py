@@ -212,6 +212,33 @@ def test_rewards_that_it_can_take_are_not(preset, text):
     assert told(f'[objective]\npreset = "{preset}"\n', text) == ""
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('kind = "plain"', 'with engine.kind = "plain"; leave it at 0'),
+        ('[model]\nname = "x"\npacking = false', "with model.packing = false;"),
+        ('[model]\nname = "x"\ngradient_checkpointing = true', "gradient_checkpointing = true;"),
+        ('[model]\nname = "x"\nlora = { rank = 2, dropout = 0.1 }', "with model.lora.dropout > 0;"),
+        ("[train]\nminibatches = 2", "with several updates a step;"),
+        (
+            '[train]\ninner_epochs = 2\n[model]\nname = "x"\npacking = false',
+            "false and several updates",
+        ),
+        ('[environment.use]\nkind = "calculator"', "with an environment;"),
+        ('[model]\nname = "x"\nlora = { rank = 2 }', ""),
+    ],
+)
+def test_activations_are_kept_where_a_step_takes_them(text, said):
+    found = told("", "[engine]\nmax_kept_gib = 1.5\n" + text)
+    assert ("engine.max_kept_gib = 1.5: keeps nothing that is of use" in found) == bool(said)
+    assert said in found
+
+
+@pytest.mark.parametrize("gib", ["-0.1", "1e300", "inf", "nan"])
+def test_memory_for_activations_is_a_size(gib):
+    assert "max_kept_gib = " in told("", f"[engine]\nmax_kept_gib = {gib}")
+
+
 def told(objective: str, text: str) -> str:
     """What is wrong with the minimal recipe, its objective and reward changed."""
     data = parse(MINIMAL + objective)

@@ -50,7 +50,8 @@ class Measured:
     "forward_backward", "optimizer", "save" (once), "step" (sampling to optimizer).
     ``sampled_per_s`` and ``trained_per_s`` are completion tokens. ``utilisation`` is the share of
     the measured matmul peak that the model's own products reach, by phase. ``padding`` is the share
-    of trained positions that are padding. ``other_cpus`` above 0.1 means that the timing is worth
+    of trained positions that are padding, ``kept_tokens`` those that sampling left nothing to compute
+    forward for. ``other_cpus`` above 0.1 means that the timing is worth
     nothing.
     """
 
@@ -63,6 +64,7 @@ class Measured:
     padding: float
     peak_gib: float
     cache_gib: float
+    kept_tokens: int
     other_cpus: float
 
 
@@ -97,6 +99,7 @@ def measure(work: Work, *, gflops: dict[str, float] | None = None) -> Measured:
         padding=0.0 if bench.policy.packed else bench.padding,
         peak_gib=peak,
         cache_gib=cache,
+        kept_tokens=bench.kept_tokens,
         other_cpus=others.share,
     )
 
@@ -143,6 +146,7 @@ class _Bench:
         self.prompts = _prompts(work, loaded, encoder, total)
         self.seconds: dict[str, list[float]] = {}
         self.padding = 0.0
+        self.kept_tokens = 0
         self.batch: Rollout | None = None
 
     def step(self, number: int) -> None:
@@ -155,6 +159,7 @@ class _Bench:
         with self._phase("sampling"):
             groups = self._draw(prompts, work.max_tokens, first, work.group)
             release_heap()
+        self.kept_tokens = self.policy.activations.num_tokens
         with self._phase("score"):
             _score(groups)
         batch = self.batch = _rollout(prompts, groups, dead=work.dead)

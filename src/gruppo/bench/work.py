@@ -62,6 +62,8 @@ class Work:
                 raise ValueError(f"{name} = {value}: must be at least 1")
         if self.group < 2:
             raise ValueError(f"group = {self.group}: a group needs at least 2 completions")
+        if self.plain and self.max_kept_gib:
+            raise ValueError(f"max_kept_gib = {self.max_kept_gib:g}: nothing is kept with plain")
         if not 0 <= self.dead < self.prompts:
             raise ValueError(f"dead = {self.dead}: must be at least 0 and below prompts")
         for name in ("warmup", "prompt_tokens", "beta", "lora_rank", "max_kept_gib"):

@@ -64,6 +64,7 @@ def _measured(measured: Measured) -> Table:
     table.add_row("trained tokens/s", f"{measured.trained_per_s:.0f}")
     table.add_row("peak memory, GiB", f"{measured.peak_gib:.2f}")
     table.add_row("keys and values, GiB", f"{measured.cache_gib:.3f}")
+    table.add_row("tokens whose activations are kept", f"{measured.kept_tokens:,}")
     table.add_row("lost to padding", f"{measured.padding:.0%}")
     table.add_row("CPUs used by others", f"{measured.other_cpus:.2f}")
     return table

@@ -3,11 +3,11 @@
 A token that is drawn goes through all layers, and again through the same layers in training: where
 the weights have not changed in between, which is so until a step's first update, with the same
 results but for rounding. Kept, a training pass needs no product of its own for them on its way
-forward, a third of all that it multiplies, and the policy that is trained is to the last bit the
-one that has drawn, but for its prompts, its attention and its head.
+forward, a third of all that it multiplies, and what it trains is the policy that has drawn, but for
+what a prompt predicts and for rounding in the head.
 
 Kept by the engine (``engine/local``), token by token, and taken by ``decoder_pass.py``, which looks
-completions up by their tokens: what is computed of a sequence depends on nothing else.
+completions up by their tokens: on these and on the weights alone depends what is computed.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Activations:
         self.turn = 0
         self._is_open = self._is_full = False
         self._used = 0
+        self._weights: tuple[int, ...] = ()
         self._results: list[LayerResults] = []
         self._rows: dict[_Key, list[int]] = {}
 
@@ -81,6 +82,11 @@ class Activations:
         """Tokens that are kept now."""
         return self._used
 
+    @property
+    def is_open(self) -> bool:
+        """Whether what is drawn is kept."""
+        return self._is_open
+
     def open(self) -> None:
         """Forget all, and keep what is drawn from here on."""
         self.clear()
@@ -88,18 +94,28 @@ class Activations:
 
     def clear(self) -> None:
         """Forget all and keep nothing: the weights are about to change."""
-        self.turn += 1
-        self._is_open, self._is_full, self._used = False, False, 0
-        self._rows.clear()
+        self._forget()
+        self._is_open = False
 
-    def layers(self, widths: Sequence[Sequence[int]], dtype: torch.dtype) -> Sequence[LayerResults]:
+    def rewind(self, num_tokens: int) -> None:
+        """Forget what was written after so many tokens, and not added yet."""
+        self._used, self._is_full = num_tokens, False
+
+    def layers(
+        self, widths: Sequence[Sequence[int]], dtype: torch.dtype, weights: tuple[int, ...]
+    ) -> Sequence[LayerResults]:
         """Where to write results of such widths, layer by layer; empty if nothing is to be kept.
+
+        ``weights`` are the :attr:`Decoder.marks` of what computes them.
 
         Raises:
             ValueError: the system gives no such memory.
         """
         if not self._is_open:
             return ()
+        if weights != self._weights:
+            self._forget()
+            self._weights = weights
         room = self.max_bytes // (sum(map(sum, widths)) * dtype.itemsize)
         shapes = [[(room, width) for width in layer] for layer in widths]
         if shapes != [[tuple(x.shape) for x in layer] for layer in self._results]:
@@ -118,8 +134,9 @@ class Activations:
 
     def add(self, prompt: Sequence[int], completion: Sequence[int], rows: list[int]) -> None:
         """Remember in which rows the first tokens of a completion are."""
-        if rows:
-            self._rows[tuple(prompt), tuple(completion)] = rows
+        key = (tuple(prompt), tuple(completion))
+        if len(rows) > len(self._rows.get(key, ())):
+            self._rows[key] = rows
 
     def find(
         self,
@@ -127,9 +144,14 @@ class Activations:
         prompts: Sequence[Sequence[int]],
         tokens: Int[Tensor, "B T"],
         counts: Sequence[int],
+        *,
+        weights: tuple[int, ...],
     ) -> Known | None:
-        """What is known of a packed row of these completions; None if nothing is."""
-        if not self._rows:
+        """What is known of a packed row of these completions; None if nothing is.
+
+        Results of others than ``weights`` (:attr:`Decoder.marks`) are not given.
+        """
+        if not self._rows or weights != self._weights:
             return None
         at, index = torch.full_like(packing.ids, -1), _firsts(packing)
         for prompt, completion, count, first in zip(prompts, tokens, counts, index, strict=True):
@@ -141,6 +163,11 @@ class Activations:
             return None
         at.clamp_(min=0)
         return Known(results=self._results, at=at, rest=rest, owner=self, turn=self.turn)
+
+    def _forget(self) -> None:
+        self.turn += 1
+        self._is_full, self._used = False, 0
+        self._rows.clear()
 
 
 def _room(

@@ -87,6 +87,13 @@ class Decoder:
         return kind if is_one else None
 
     @property
+    def marks(self) -> tuple[int, ...]:
+        """Where the weights are, adapters' included, and how often they were changed in place."""
+        layers = [parameter for layer in self.layers for parameter in layer.parameters()]
+        every = (self.embedding.weight, *layers)
+        return tuple(mark for weight in every for mark in (weight.data_ptr(), weight._version))
+
+    @property
     def together(self) -> list[Group]:
         """Layers that read the same rows."""
         return [group for layer in self.layers for group in (layer.query_key_value, layer.gate_up)]

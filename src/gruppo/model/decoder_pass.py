@@ -32,10 +32,10 @@ from gruppo.model.parts import text_config
 from gruppo.model.products import Products, choosing, current_products
 from gruppo.model.segments import Segments, part_numbers
 
+_PACKED, _ATTENDED, _GATES, _UPDATE = range(4)  # what comes of Layer.joints
 _NUMBERS = (torch.float32, torch.bfloat16)
 # Others have the same modules and compute otherwise (layers without rotation, other rotations,
 # factors), which a few tokens through small weights need not show.
-_PACKED, _ATTENDED, _GATES, _UPDATE = range(4)  # what comes of Layer.joints
 _KINDS = ("llama", "mistral", "qwen2", "qwen3")
 
 

@@ -8,7 +8,6 @@ from gruppo.native.compiled import identity, kernels
 from gruppo.native.decode import DecodeLayer, DecodeLayers, Kept, can_decode
 from gruppo.native.layer import add_norm, rotate_and_keep, swiglu
 from gruppo.native.product import (
-    AdaptedProduct,
     PanelProduct,
     Panels,
     can_multiply,
@@ -36,7 +35,6 @@ from gruppo.native.training import (
 )
 
 __all__ = [
-    "AdaptedProduct",
     "DecodeLayer",
     "DecodeLayers",
     "Kept",

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gruppo.native.compiled import TYPES, kernel
-from gruppo.native.product import AdaptedProduct, PanelProduct, Panels, can_multiply
+from gruppo.native.product import PanelProduct, can_multiply
 
 NormWeight = tuple[Float[Tensor, "E"], float]
 """Weight, in float32, and epsilon of an RMS norm."""
@@ -172,9 +172,13 @@ def can_decode(layers: Sequence[DecodeLayer], dtype: torch.dtype) -> bool:
     """Whether ``DecodeLayers`` takes them: numbers are read in pairs, so widths are even."""
     products = [p for x in layers for p in (x.query_key_value, x.out, x.gate_up, x.down)]
     return can_multiply(dtype) and all(
-        panels.data.dtype == dtype and panels.inner % 2 == 0
-        for panels in (x for p in products for x in _panels(p))
-    ) and all(map(_panels, products))
+        isinstance(p, PanelProduct)
+        and all(
+            panels.data.dtype == dtype and panels.inner % 2 == 0
+            for panels in (p.panels, *(p.beside or ()))
+        )
+        for p in products
+    )
 
 
 def _point(layer: _Layer, kept: Kept, dtype: torch.dtype) -> None:
@@ -216,20 +220,13 @@ def _widths(layer: DecodeLayer) -> list[int]:
 def _product(product: Product) -> _Product:
     own = _own(product)
     bias = None if own.bias is None else own.bias.data_ptr()
-    if not isinstance(product, AdaptedProduct):
+    if own.beside is None:
         return _Product(own.panels.data.data_ptr(), bias)
-    pair = (product.down.data.data_ptr(), product.up.data.data_ptr())
-    return _Product(own.panels.data.data_ptr(), bias, *pair, product.down.columns)
+    down, up = own.beside
+    pair = (down.data.data_ptr(), up.data.data_ptr())
+    return _Product(own.panels.data.data_ptr(), bias, *pair, down.columns)
 
 
 def _own(product: Product) -> PanelProduct:
-    own = product.own if isinstance(product, AdaptedProduct) else product
-    assert isinstance(own, PanelProduct), "only for what can_decode"
-    return own
-
-
-def _panels(product: Product) -> tuple[Panels, ...]:
-    """What is multiplied by; nothing if it is not known."""
-    if isinstance(product, AdaptedProduct):
-        return product.own.panels, product.down, product.up
-    return (product.panels,) if isinstance(product, PanelProduct) else ()
+    assert isinstance(product, PanelProduct), "only for what can_decode"
+    return product

@@ -30,27 +30,23 @@ class Panels:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PanelProduct:
-    """Multiplies rows by a matrix, and adds a bias (in float32)."""
+    """Multiplies rows by a matrix, and adds a bias (in float32).
+
+    ``beside`` is a low-rank adapter: the rows times its two matrices are added, each of the three
+    results rounded to the type of the rows.
+    """
 
     panels: Panels
     bias: Float[Tensor, "O"] | None
+    beside: tuple[Panels, Panels] | None = None
 
     def __call__(self, rows: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
         """In the type of the rows, which is that of the panels."""
-        return multiply(rows, self.panels, bias=self.bias)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AdaptedProduct:
-    """The same plus what a low-rank adapter adds: the rows times ``down`` times ``up``."""
-
-    own: PanelProduct
-    down: Panels
-    up: Panels
-
-    def __call__(self, rows: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
-        """Each of the three results is rounded to the type of the rows."""
-        return self.own(rows).add_(multiply(multiply(rows, self.down), self.up))
+        made = multiply(rows, self.panels, bias=self.bias)
+        if self.beside is None:
+            return made
+        down, up = self.beside
+        return made.add_(multiply(multiply(rows, down), up))
 
 
 @cache

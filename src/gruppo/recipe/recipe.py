@@ -26,6 +26,7 @@ from gruppo.rollout import RolloutSettings
 from gruppo.settings import TrainSettings
 
 _FORBID: Final = {"extra": "forbid"}
+_MOST_GIB: Final = 2**20
 _DEVICE: Final = re.compile(r"auto|cpu|mps|xpu(:\d+)?|cuda(:\d+)?")
 
 AnyTracker = Annotated[TensorBoard | Wandb | Trackio, Discriminator("kind")]
@@ -82,7 +83,7 @@ class EngineSection:
     ``max_cached_tokens`` bounds the tokens whose keys and values are held at once (buffers round
     up), every prompt counted once and every running completion with its whole budget.
     ``max_kept_gib`` is memory in which activations of drawn tokens are kept, so that the step's
-    first update need not compute them again; 0 keeps none.
+    one update need not compute them again; 0 keeps none.
     """
 
     __pydantic_config__: ClassVar = _FORBID
@@ -97,8 +98,8 @@ class EngineSection:
             raise ValueError(f"max_rows = {self.max_rows}: must be at least 1")
         if self.max_cached_tokens is not None and self.max_cached_tokens < 1:
             raise ValueError(f"max_cached_tokens = {self.max_cached_tokens}: must be at least 1")
-        if self.max_kept_gib < 0:
-            raise ValueError(f"max_kept_gib = {self.max_kept_gib}: must not be negative")
+        if not 0 <= self.max_kept_gib <= _MOST_GIB:
+            raise ValueError(f"max_kept_gib = {self.max_kept_gib:g}: must be 0 to {_MOST_GIB:,}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,6 +114,26 @@ def _judged(environment: Any, reward: Any) -> Iterator[Mistake]:
         yield mistake("reward.parts", "grades an episode: set environment.use", names[0])
 
 
+def _kept(engine: Any, model: Any, train: Any, environment: Any) -> Iterator[Mistake]:
+    """Activations are kept for one update, of completions of one turn, by the fast path."""
+    obstacles = {
+        'engine.kind = "plain"': engine.kind == "plain",
+        "model.packing = false": not model.packing,
+        "model.gradient_checkpointing = true": model.gradient_checkpointing,
+        "model.lora.dropout > 0": model.lora is not None and model.lora.dropout > 0,
+        # later updates would compute again, and ratios would hold the two passes' rounding
+        "several updates a step": train.inner_epochs * train.minibatches > 1,
+        "an environment": environment.use is not None,
+    }
+    found = [name for name, is_there in obstacles.items() if is_there]
+    if engine.max_kept_gib and found:
+        yield mistake(
+            "engine.max_kept_gib",
+            f"keeps nothing that is of use with {' and '.join(found)}; leave it at 0",
+            engine.max_kept_gib,
+        )
+
+
 RULES: Final = (
     Rule(("environment", "data"), _dialogue),
     Rule(("environment", "reward"), _judged),
@@ -125,4 +145,5 @@ RULES: Final = (
     Rule(("reward", "rollout", "objective"), find_unread),
     Rule(("reward", "rollout", "objective"), find_unfit),
     Rule(("eval", "data"), _patience),
+    Rule(("engine", "model", "train", "environment"), _kept),
 )

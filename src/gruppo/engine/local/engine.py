@@ -133,8 +133,13 @@ class LocalEngine:
     @property
     def can_keep(self) -> bool:
         """Whether ``activations`` take what is computed: the own kernels do it for all layers."""
-        is_native = self._products == "native" and native.can_multiply(self._compute_dtype)
-        return self._can_fuse and is_native
+        decoder = find_decoder(self._open()) if self._can_fuse else None
+        if decoder is None or self._products != "native":
+            return False
+        # the kernels read numbers in pairs
+        groups = [group for layer in decoder.layers for group in layer.joints]
+        is_even = all(group[0].in_features % 2 == 0 for group in groups)
+        return is_even and native.can_multiply(self._compute_dtype)
 
     @property
     def version(self) -> int:
@@ -161,11 +166,12 @@ class LocalEngine:
         check_sampling(sampling)
         check_requests(requests, vocab_size=text_config(model).vocab_size, context=context)
         limits = [room(request, sampling, context) for request in requests]
-        draw = self._shared if self.is_shared else self._plain
+        draw, kept = self._shared if self.is_shared else self._plain, self.activations.num_tokens
         drawn = self._fitting.do(
             lambda max_rows: draw(model, requests, limits, sampling, max_rows),
             self._max_rows,
             total=sum(request.num_samples for request in requests),
+            undo=lambda: self.activations.rewind(kept),
         )
         return [
             tuple(
@@ -255,7 +261,7 @@ class LocalEngine:
             together = decoder.together if decoder else ()
             copies = (
                 packed_linears(model, dtype, rows=slots, together=together, products=self._products)
-                if steps >= WORTHWHILE
+                if steps >= WORTHWHILE or self.activations.is_open
                 else nullcontext(plain_product)
             )
             with copies as products, choosing(self._products):

@@ -9,6 +9,7 @@ and no gradient, and serves only decoders of Llama's kind.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -55,7 +56,9 @@ class FusedStep:
         if native.can_decode(self._layers, store.dtype):
             self._together = native.DecodeLayers(self._layers, self._norm, store.dtype)
             if activations is not None:
-                self._results = activations.layers(self._together.widths, store.dtype)
+                self._results = activations.layers(
+                    self._together.widths, store.dtype, decoder.marks
+                )
         self.keeps = bool(self._results)
 
     def __call__(
@@ -140,7 +143,7 @@ def _with_adapters(
         return product
     added = LowRanks(found, [layer.out_features for layer in group], dtype)
     if isinstance(product, native.PanelProduct):
-        return native.AdaptedProduct(product, *added.cut())
+        return replace(product, beside=added.cut())
     return lambda rows: product(rows).add_(added.forward(rows))
 
 
