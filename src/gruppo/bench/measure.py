@@ -50,9 +50,8 @@ class Measured:
     "forward_backward", "optimizer", "save" (once), "step" (sampling to optimizer).
     ``sampled_per_s`` and ``trained_per_s`` are completion tokens. ``utilisation`` is the share of
     the measured matmul peak that the model's own products reach, by phase. ``padding`` is the share
-    of trained positions that are padding, ``kept_tokens`` those that sampling left nothing to compute
-    forward for. ``other_cpus`` above 0.1 means that the timing is worth
-    nothing.
+    of trained positions that are padding; of ``kept_tokens`` sampling kept the activations.
+    ``other_cpus`` above 0.1 means that the timing is worth nothing.
     """
 
     work: dict[str, Any]
@@ -218,6 +217,7 @@ class _Bench:
         forward = 2 * (trunk * (completions + prompts) + size * completions) / 1e9
         made = dict.fromkeys(("sampling", "old", "reference"), forward)
         made["forward_backward"] = (2 if work.lora_rank else 3) * forward
+        made["forward_backward"] -= 2 * trunk * self.kept_tokens / 1e9  # sampling has made them
         return {name: made[name] / seconds[name] / top for name in made if name in seconds}
 
     def _draw(
