@@ -2,9 +2,10 @@
 
 The first signal raises ``Interrupted`` in the main thread at once, unless the loop holds it
 back because weights and bookkeeping are out of step; then it is raised on release. Where Python
-has to ignore what is raised (in a finaliser, in a callback from C), it is raised again a moment
-later. A second signal ends the process at once, with its children. A program whose work is done
-ignores them (``whole_process``).
+ignores what is raised (in finalisers, in some callbacks from C), the signal is lost there: it is
+raised on the next release, and one that comes before that counts as the first. A second signal
+ends the process at once, with its children. A program whose work is done ignores them
+(``whole_process``).
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KILL_SECONDS = 5.0
-_AGAIN_SECONDS = 0.05
 _last: list[Callable[[], None]] = []
 _installed: list[Interrupts] = []  # the innermost one last
 
@@ -49,21 +49,27 @@ class Interrupts:
     owner: int = field(default_factory=os.getpid)
     pending: list[int] = field(default_factory=list)
     _lost: bool = field(default=False, init=False)
-    _is_retry: bool = field(default=False, init=False)
-    _retry: threading.Timer | None = field(default=None, init=False)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM inside (in the main thread; elsewhere this does nothing)."""
+        """Handle SIGINT and SIGTERM inside (in the main thread; elsewhere this does nothing).
+
+        Raises:
+            Interrupted: one that was lost, outside of here or, in the end, inside.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        if _installed and _installed[-1]._lost:
+            raise _installed[-1]._told()
         before: dict[int, Callable[..., object] | int | None] = {
             number: signal.signal(number, self._on_signal) for number in SIGNALS
         }
         try:
             with self._watched():
                 yield
+            if self._lost:
+                raise self._told()
         finally:
             for number, handler in before.items():
                 if handler is not None:  # None: it was set outside of Python
@@ -85,16 +91,13 @@ class Interrupts:
         return self._told() if raised and signal.Signals(self.pending[0]).name in text else None
 
     def _told(self) -> Interrupted:
-        """What to raise for the first signal, wherever it had got lost."""
+        """What to raise for the first signal: it is not lost any more."""
         self._lost = False
         return Interrupted(self.pending[0])
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
         if os.getpid() != self.owner:  # a forked child: nothing here is its business
             os._exit(128 + signum)
-        is_retry, self._is_retry = self._is_retry, False
-        if is_retry and not self._lost:  # raised otherwise meanwhile
-            return
         if self.pending and not self._lost:
             _end_children()
             os._exit(128 + signum)
@@ -105,45 +108,22 @@ class Interrupts:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Inside, signals are this object's business, those too whose exception got lost.
-
-        Raises:
-            Interrupted: one is lost when all is done.
-        """
+        """Inside, signals are this object's business, and it sees which get lost."""
         before = sys.unraisablehook
 
-        def find(unraisable: sys.UnraisableHookArgs) -> None:
+        def see(unraisable: sys.UnraisableHookArgs) -> None:
             if isinstance(unraisable.exc_value, Interrupted):
-                self._try_again(unraisable.exc_value.signum)
+                self._lost = True
             else:
                 before(unraisable)
 
-        sys.unraisablehook = find
+        sys.unraisablehook = see
         _installed.append(self)
         try:
             yield
-            if self._lost:
-                raise self._told()
         finally:
             _installed.pop()
             sys.unraisablehook = before
-            if self._retry is not None:
-                self._retry.cancel()
-                self._retry.join()  # what it has sent is handled here
-
-    def _try_again(self, signum: int) -> None:
-        """Send a signal again whose ``Interrupted`` Python has ignored, once it is out of there."""
-
-        def send() -> None:
-            self._is_retry = True
-            main = threading.main_thread().ident
-            assert main is not None, "it has started"
-            signal.pthread_kill(main, signum)
-
-        self._lost = True
-        self._retry = threading.Timer(_AGAIN_SECONDS, send)
-        self._retry.daemon = True
-        self._retry.start()
 
 
 @contextmanager

@@ -40,20 +40,34 @@ def change(how: str, model: nn.Module, activations: Activations) -> None:
         model.load_state_dict(state)
     elif how == "given to the engine":
         LocalEngine(model, letters, pad_token=0).load(state, 1)
-    else:
+    elif how == "adapter off":
         model.disable_adapter_layers()
+    else:
+        for module in model.modules():
+            for name in vars(module).get("scaling", ()) if hasattr(module, "lora_A") else ():
+                module.scaling[name] *= 3
 
 
 @pytest.mark.parametrize(
-    "how", ["optimizer", "restored", "loaded", "given to the engine", "adapter off"]
+    ("how", "forgets"),
+    [
+        ("optimizer", True),
+        ("restored", True),
+        ("loaded", False),
+        ("given to the engine", False),
+        ("adapter off", False),
+        ("adapter scaled", False),
+    ],
 )
-def test_what_other_weights_computed_is_not_taken(how):
-    model, activations = adapted(4) if how == "adapter off" else build("llama"), opened()
+def test_what_other_weights_computed_is_not_taken(how, forgets):
+    """Forgotten by who changes them, or known by the weights."""
+    model, activations = adapted(4) if how.startswith("adapter") else build("llama"), opened()
     drawn = draw(model, activations)
     assert drawn.known(activations, model) is not None
+    assert drawn.known(activations, build("llama")) is None, "of another module"
     change(how, model, activations)
+    assert (activations.num_tokens == 0) == forgets
     assert drawn.known(activations, model) is None
-    assert drawn.known(activations, build("llama")) is None, "of another module neither"
 
 
 def test_an_engine_that_runs_out_of_memory_gives_its_room_back(monkeypatch):

@@ -49,7 +49,7 @@ class Drawn:
             self.prompts,
             self.tokens,
             self.counts,
-            weights=find_decoder(model).marks,
+            decoder=find_decoder(model),
         )
 
 

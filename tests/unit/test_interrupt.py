@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -101,42 +100,53 @@ class Deaf:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def go_on_after_a_finaliser(interrupts, held, reached):
-    """A signal in a finaliser, half a second of work, and the end of the step."""
-    Deaf()
-    reached.append("after the finaliser")
-    interrupts.held = held
-    time.sleep(0.5)
-    reached.append("after the work")
-    interrupts.release()
+def test_a_lost_signal_is_told_on_release():
+    interrupts = Interrupts()
+    with interrupts.installed():
+        Deaf()
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            interrupts.release()
 
 
-@pytest.mark.parametrize("held", [False, True])
-def test_a_signal_whose_exception_was_ignored_is_raised_again(held):
-    interrupts, reached = Interrupts(), []
-    with interrupts.installed(), pytest.raises(Interrupted) as caught:
-        go_on_after_a_finaliser(interrupts, held, reached)
-    assert caught.value.exit_code == 143
-    assert reached == ["after the finaliser", "after the work"][: 1 + held]
+def test_the_next_signal_raises_what_was_lost():
+    with Interrupts().installed():
+        Deaf()
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
-def go_on_held(interrupts, said):
-    """A signal in a finaliser, told at the end of a held step before it is sent again."""
-    Deaf()
-    interrupts.hold()
-    try:
-        interrupts.release()
-    except Interrupted:
-        time.sleep(0.3)  # a checkpoint, say
-        said.append("saved")
-        raise
+def test_a_signal_that_is_lost_when_all_is_done_is_told_then():
+    with pytest.raises(Interrupted), Interrupts().installed():
+        Deaf()
 
 
-def test_a_lost_signal_that_was_told_meanwhile_is_not_told_again():
-    interrupts, said = Interrupts(), []
-    with interrupts.installed(), pytest.raises(Interrupted):
-        go_on_held(interrupts, said)
-    assert said == ["saved"]
+def test_a_signal_lost_outside_is_told_where_the_loop_begins():
+    """As in a run's start, while libraries are imported; once, and then a second one is final."""
+    program = """
+        import os, signal, sys, time
+        from gruppo.interrupt import Interrupted, Interrupts, whole_process
+        class Deaf:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+        class Broken:
+            def __del__(self):
+                raise ValueError("as ever")
+        with whole_process():
+            Deaf()
+            Broken()
+            try:
+                with Interrupts().installed():
+                    print("not reached")
+            except Interrupted as error:
+                print(error, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(words, timeout=30, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "SIGINT\n")
+    assert "Interrupted" not in done.stderr
+    assert "ValueError: as ever" in done.stderr
 
 
 def raise_after_a_finaliser():
@@ -149,62 +159,7 @@ def test_a_defect_after_a_lost_signal_stays_one():
         with pytest.raises(ValueError, match="a defect"), unwrapped():
             raise_after_a_finaliser()
         with pytest.raises(Interrupted):
-            time.sleep(0.5)
-
-
-def test_a_signal_that_is_lost_when_all_is_done_is_told_then():
-    interrupts = Interrupts()
-    with pytest.raises(Interrupted), interrupts.installed():
-        Deaf()
-    time.sleep(0.3)  # and never sent again: the handlers are others'
-
-
-def test_the_second_signal_after_a_lost_one_was_told_is_final():
-    program = """
-        import os, signal, time
-        from gruppo.interrupt import Interrupted, Interrupts
-        class Deaf:
-            def __del__(self):
-                os.kill(os.getpid(), signal.SIGINT)
-        interrupts = Interrupts()
-        with interrupts.installed():
-            Deaf()
-            try:
-                os.kill(os.getpid(), signal.SIGINT)  # the user's second is the first to arrive
-            except Interrupted:
-                time.sleep(0.3)  # and the one sent again is not taken for a third
-                print("whole", flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(60)
-    """
-    words = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(words, timeout=30, check=False, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (143, "whole\n")
-
-
-def test_a_program_whose_signal_was_ignored_is_stopped_and_says_nothing_of_it():
-    program = """
-        import os, signal, sys, time
-        from gruppo.interrupt import Interrupted, whole_process
-        class Deaf:
-            def __del__(self):
-                os.kill(os.getpid(), signal.SIGINT)
-        class Broken:
-            def __del__(self):
-                raise ValueError("as ever")
-        try:
-            with whole_process():
-                Deaf()
-                Broken()
-                time.sleep(60)
-        except Interrupted as error:
-            sys.exit(error.exit_code)
-    """
-    words = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(words, timeout=30, check=False, capture_output=True, text=True)
-    assert done.returncode == 130
-    assert "Interrupted" not in done.stderr
-    assert "ValueError: as ever" in done.stderr
 
 
 def test_other_errors_keep_their_cause():

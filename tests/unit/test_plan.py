@@ -191,11 +191,11 @@ def test_kept_activations_are_counted_and_spared(tiny_folder):
     greedy = ("objective.credit={kind = 'remax'}",)
     assert planned(1.0, *greedy)[0] == 5 * needs // 4
     assert planned(1.0, "model.products=torch")[0] == 0
-    whole, lasting = (plan.memory(recipe(tiny_folder, *x), prompt_tokens=10) for x in KEEPING)
-    assert lasting.sampling - whole.sampling == lasting.updating - whole.updating == needs
-
-
-KEEPING = (["model.products=native"], ["model.products=native", "engine.max_kept_gib=1.0"])
+    plain, kept = (
+        plan.memory(recipe(tiny_folder, "model.products=native", gib), prompt_tokens=10)
+        for gib in ("engine.max_kept_gib=0.0", "engine.max_kept_gib=1.0")
+    )
+    assert kept.sampling - plain.sampling == kept.updating - plain.updating == needs
 
 
 def test_what_a_captured_step_reads_stays_while_training(monkeypatch):

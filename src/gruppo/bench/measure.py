@@ -50,7 +50,7 @@ class Measured:
     "forward_backward", "optimizer", "save" (once), "step" (sampling to optimizer).
     ``sampled_per_s`` and ``trained_per_s`` are completion tokens. ``utilisation`` is the share of
     the measured matmul peak that the model's own products reach, by phase. ``padding`` is the share
-    of trained positions that are padding; of ``kept_tokens`` sampling kept the activations.
+    of trained positions that are padding, ``kept_tokens`` a step's whose activations were kept.
     ``other_cpus`` above 0.1 means that the timing is worth nothing.
     """
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 Compute = Literal["auto", "float32", "bfloat16"]
 
+_MOST_GIB = 2**20  # as in a recipe
 _FILLER = (
     "A farmer has {a} boxes with {b} apples each and sells {c} of the apples at the market. "
     "How many apples are left? Think step by step and give the number at the end."
@@ -62,6 +63,8 @@ class Work:
                 raise ValueError(f"{name} = {value}: must be at least 1")
         if self.group < 2:
             raise ValueError(f"group = {self.group}: a group needs at least 2 completions")
+        if not self.max_kept_gib <= _MOST_GIB:
+            raise ValueError(f"max_kept_gib = {self.max_kept_gib:g}: at most {_MOST_GIB:,}")
         if self.plain and self.max_kept_gib:
             raise ValueError(f"max_kept_gib = {self.max_kept_gib:g}: nothing is kept with plain")
         if not 0 <= self.dead < self.prompts:

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gruppo.memory import is_out_of_memory
+from gruppo.model.decoder import Decoder
 from gruppo.model.packing import Packing
 
 _Key = tuple[tuple[int, ...], tuple[int, ...]]
@@ -73,7 +74,7 @@ class Activations:
         self.turn = 0
         self._is_open = self._is_full = False
         self._used = 0
-        self._weights: tuple[int, ...] = ()
+        self._weights: tuple[float, ...] = ()
         self._results: list[LayerResults] = []
         self._rows: dict[_Key, list[int]] = {}
 
@@ -99,20 +100,21 @@ class Activations:
 
     def rewind(self, num_tokens: int) -> None:
         """Forget what was written after so many tokens, and not added yet."""
-        self._used, self._is_full = num_tokens, False
+        self._used, self._is_full = min(self._used, num_tokens), False
 
     def layers(
-        self, widths: Sequence[Sequence[int]], dtype: torch.dtype, weights: tuple[int, ...]
+        self, widths: Sequence[Sequence[int]], dtype: torch.dtype, decoder: Decoder
     ) -> Sequence[LayerResults]:
         """Where to write results of such widths, layer by layer; empty if nothing is to be kept.
 
-        ``weights`` are the :attr:`Decoder.marks` of what computes them.
+        ``decoder`` computes them.
 
         Raises:
             ValueError: the system gives no such memory.
         """
         if not self._is_open:
             return ()
+        weights = decoder.marks
         if weights != self._weights:
             self._forget()
             self._weights = weights
@@ -145,13 +147,13 @@ class Activations:
         tokens: Int[Tensor, "B T"],
         counts: Sequence[int],
         *,
-        weights: tuple[int, ...],
+        decoder: Decoder,
     ) -> Known | None:
         """What is known of a packed row of these completions; None if nothing is.
 
-        Results of others than ``weights`` (:attr:`Decoder.marks`) are not given.
+        What another ``decoder`` has computed, or this one with other weights, is not given.
         """
-        if not self._rows or weights != self._weights:
+        if not self._rows or decoder.marks != self._weights:
             return None
         at, index = torch.full_like(packing.ids, -1), _firsts(packing)
         for prompt, completion, count, first in zip(prompts, tokens, counts, index, strict=True):

@@ -87,11 +87,16 @@ class Decoder:
         return kind if is_one else None
 
     @property
-    def marks(self) -> tuple[int, ...]:
-        """Where the weights are, adapters' included, and how often they were changed in place."""
+    def marks(self) -> tuple[float, ...]:
+        """Where the weights are, how often they were changed in place, and adapters' scales.
+
+        Of two equal ones the weights are the same, unless they were changed through ``.data``.
+        """
         layers = [parameter for layer in self.layers for parameter in layer.parameters()]
+        scales = [adapter.scale for layer in self.layers for adapter in layer.adapters.values()]
         every = (self.embedding.weight, *layers)
-        return tuple(mark for weight in every for mark in (weight.data_ptr(), weight._version))
+        places = (mark for weight in every for mark in (weight.data_ptr(), weight._version))
+        return *places, *scales
 
     @property
     def together(self) -> list[Group]:

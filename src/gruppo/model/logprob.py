@@ -93,9 +93,9 @@ def completion_logp(  # noqa: PLR0913 - what to score, and four independent ways
     decoder = find_pass(model) if packed and fused else None
     if decoder is not None:
         packing = pack(prompts, tokens, counts)
-        known = activations or Activations()
-        found = known.find(packing, prompts, tokens, counts, weights=decoder.marks)
-        states = decoder_states(decoder, packing, casts, found)
+        given = (packing, prompts, tokens, counts)
+        known = activations.find(*given, decoder=decoder) if activations else None
+        states = decoder_states(decoder, packing, casts, known)
     else:
         states = _modules_states(model, prompts, tokens, counts, packed=packed)
     rule, said = logit_rule(model, temperature), tokens.to(device)[valid]

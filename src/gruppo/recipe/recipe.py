@@ -26,7 +26,7 @@ from gruppo.rollout import RolloutSettings
 from gruppo.settings import TrainSettings
 
 _FORBID: Final = {"extra": "forbid"}
-_MOST_GIB: Final = 2**20
+_MOST_GIB: Final = 2**20  # no machine has a pebibyte: more, or no number, is a slip
 _DEVICE: Final = re.compile(r"auto|cpu|mps|xpu(:\d+)?|cuda(:\d+)?")
 
 AnyTracker = Annotated[TensorBoard | Wandb | Trackio, Discriminator("kind")]

@@ -261,7 +261,7 @@ class LocalEngine:
             together = decoder.together if decoder else ()
             copies = (
                 packed_linears(model, dtype, rows=slots, together=together, products=self._products)
-                if steps >= WORTHWHILE or self.activations.is_open
+                if steps >= WORTHWHILE or (decoder and self.activations.is_open)
                 else nullcontext(plain_product)
             )
             with copies as products, choosing(self._products):

@@ -56,9 +56,8 @@ class FusedStep:
         if native.can_decode(self._layers, store.dtype):
             self._together = native.DecodeLayers(self._layers, self._norm, store.dtype)
             if activations is not None:
-                self._results = activations.layers(
-                    self._together.widths, store.dtype, decoder.marks
-                )
+                widths = self._together.widths
+                self._results = activations.layers(widths, store.dtype, decoder)
         self.keeps = bool(self._results)
 
     def __call__(
