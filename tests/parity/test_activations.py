@@ -6,15 +6,15 @@ import torch
 from gruppo import native
 from gruppo.model.activations import _firsts
 from gruppo.model.packing import pack
-from support.kept import PROMPTS, Drawn, adapted, draw, opened, outcome
-from support.passes import build, gap, needs_kernels
+from support.kept import PROMPTS, Drawn, draw, opened, outcome
+from support.passes import adapted, build, gap, needs_kernels
 
 pytestmark = needs_kernels
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "adapter"])
 def test_log_probabilities_and_gradients(name):
-    model, activations = adapted(3) if name == "adapter" else build(name), opened()
+    model, activations = adapted(rank=3) if name == "adapter" else build(name), opened()
     drawn = draw(model, activations)
     assert len(set(drawn.counts)) > 3, "they end at different steps"
     known = drawn.known(activations, model)

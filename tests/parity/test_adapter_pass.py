@@ -33,6 +33,7 @@ from support.engines import letters, unequal_groups
 from support.passes import (
     LENGTHS,
     PROMPTS,
+    adapted,
     assert_rounds_like_autocast,
     build,
     gap,
@@ -41,19 +42,6 @@ from support.passes import (
 )
 
 peft = pytest.importorskip("peft")
-
-
-def adapted(name: str = "llama", *, half: bool = False, **options: object) -> nn.Module:
-    """A model whose adapter has been trained: B is not 0."""
-    dtype = torch.bfloat16 if half else torch.float32
-    chosen = Lora(**{"rank": 3, "alpha": 7.0, **options})
-    model = attach(build(name), chosen, compute_dtype=dtype)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for place, parameter in model.named_parameters():
-            if "lora_B" in place:
-                parameter.normal_(std=0.3)
-    return model
 
 
 def test_what_adapters_add_by_hand():

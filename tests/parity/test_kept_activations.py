@@ -15,8 +15,8 @@ from gruppo.record import Database
 from gruppo.types import Sampling
 from support.commands import arguments
 from support.engines import letters, unequal_groups
-from support.kept import PROMPTS, ROOM, Drawn, adapted, draw, opened, outcome
-from support.passes import build, gap, needs_kernels
+from support.kept import PROMPTS, ROOM, Drawn, draw, opened, outcome
+from support.passes import adapted, build, gap, needs_kernels
 
 pytestmark = needs_kernels
 
@@ -61,7 +61,7 @@ def change(how: str, model: nn.Module, activations: Activations) -> None:
 )
 def test_what_other_weights_computed_is_not_taken(how, forgets):
     """Forgotten by who changes them, or known by the weights."""
-    model, activations = adapted(4) if how.startswith("adapter") else build("llama"), opened()
+    model, activations = adapted(rank=4) if how.startswith("adapter") else build("llama"), opened()
     drawn = draw(model, activations)
     assert drawn.known(activations, model) is not None
     assert drawn.known(activations, build("llama")) is None, "of another module"
@@ -153,7 +153,7 @@ def test_the_reference_does_not_take_them():
 
 
 def test_a_reference_by_the_adapter_turned_off_does_not_take_them():
-    model, activations = adapted(4), opened()
+    model, activations = adapted(rank=4), opened()
     trained = Policy(
         model,
         optim=Optim(),

@@ -2,18 +2,16 @@
 
 from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import nn
 
 from gruppo.engine import LocalEngine
-from gruppo.model import Activations, Lora, attach, completion_logp, multiplying
+from gruppo.model import Activations, completion_logp, multiplying
 from gruppo.model.activations import Known
 from gruppo.model.decoder import find_decoder
 from gruppo.model.packing import pack
 from gruppo.types import Completion, Request, Sampling
 from support.engines import letters, unequal_groups
-from support.passes import build
 
 ROOM = 2**24
 STOPS = (5, 11, 17, 23, 29)
@@ -89,15 +87,3 @@ def opened(size: int = ROOM) -> Activations:
     activations = Activations(size)
     activations.open()
     return activations
-
-
-def adapted(rank: int) -> nn.Module:
-    """An adapter that has been trained: B is not 0."""
-    pytest.importorskip("peft")
-    model = attach(build("llama"), Lora(rank=rank, alpha=7.0), compute_dtype=torch.float32)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for place, parameter in model.named_parameters():
-            if "lora_B" in place:
-                parameter.normal_(std=0.3)
-    return model

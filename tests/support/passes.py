@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto import CONFIG_MAPPING
 
 from gruppo import native
-from gruppo.model import completion_logp, multiplying
+from gruppo.model import Lora, attach, completion_logp, multiplying
 from gruppo.model.attention import adopt
 from support.engines import TINY
 
@@ -25,6 +25,20 @@ def build(name: str, **extra: object) -> nn.Module:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     assert adopt(model)
+    return model
+
+
+def adapted(name: str = "llama", *, half: bool = False, **options: object) -> nn.Module:
+    """A model whose adapter has been trained: B is not 0."""
+    pytest.importorskip("peft")
+    dtype = torch.bfloat16 if half else torch.float32
+    chosen = Lora(**{"rank": 3, "alpha": 7.0, **options})
+    model = attach(build(name), chosen, compute_dtype=dtype)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for place, parameter in model.named_parameters():
+            if "lora_B" in place:
+                parameter.normal_(std=0.3)
     return model
 
 

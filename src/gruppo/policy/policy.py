@@ -99,8 +99,7 @@ class Policy:
             temperature: The sampling temperature, for all log-probabilities.
             packing: Compute a prompt once for its group, if the model allows it (tried here).
             products: What multiplies; with gradient checkpointing "torch" alone.
-            activations: Those that an engine over the same module keeps; taken until the first
-                :meth:`step` after they were opened.
+            activations: Those that an engine over the same module keeps; a :meth:`step` ends them.
 
         Raises:
             ValueError: a setting is bad, or "adapter" is asked for a model without one.
@@ -178,7 +177,7 @@ class Policy:
         model = self.model if self._copy is None else self._copy
         switch = without_adapter(model) if self._copy is None else nullcontext()
         with _evaluating(model), switch:
-            return self._score(model, prompts, tokens, length, entropy=entropy)
+            return _score(self, model, prompts, tokens, length, entropy=entropy)
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Add the gradient of ``loss`` to what was added since the last step."""
@@ -304,34 +303,35 @@ class Policy:
     ) -> Scored:
         """By the policy itself, so by what is known of it."""
         known = self.activations
-        return self._score(self.model, prompts, tokens, length, entropy=entropy, known=known)
+        return _score(self, self.model, prompts, tokens, length, entropy=entropy, known=known)
 
-    def _score(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        tokens: Tensor,
-        length: Tensor,
-        *,
-        entropy: bool,
-        known: Activations | None = None,
-    ) -> Scored:
-        # without a gradient a layer's copies are let go with the layer
-        keeps = model is self.model and torch.is_grad_enabled()
-        half = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._autocast)
-        with half, choosing(self._products):
-            return completion_logp(
-                model,
-                prompts,
-                tokens,
-                length,
-                temperature=self.temperature,
-                entropy=entropy,
-                packed=self.packed,
-                fused=self.fused,
-                casts=self._casts if keeps else None,
-                activations=known,
-            )
+
+def _score(
+    policy: Policy,
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokens: Tensor,
+    length: Tensor,
+    *,
+    entropy: bool,
+    known: Activations | None = None,
+) -> Scored:
+    # without a gradient a layer's copies are let go with the layer
+    keeps = model is policy.model and torch.is_grad_enabled()
+    half = torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=policy._autocast)
+    with half, choosing(policy._products):
+        return completion_logp(
+            model,
+            prompts,
+            tokens,
+            length,
+            temperature=policy.temperature,
+            entropy=entropy,
+            packed=policy.packed,
+            fused=policy.fused,
+            casts=policy._casts if keeps else None,
+            activations=known,
+        )
 
 
 def _refuse(model: nn.Module, reference: ReferenceKind, products: Products) -> None:

@@ -236,7 +236,7 @@ class LocalEngine:
                 schedule,
                 sampling=sampling,
                 store=ready.store,
-                spoken=self._spoken(sampling),
+                spoken=_spoken(self._decode, sampling),
                 advance=ready.advance,
                 activations=ready.activations,
                 replays=ready.replays,
@@ -289,7 +289,7 @@ class LocalEngine:
                 sampling=sampling,
                 pad_token=self._pad_token,
                 dtype=dtype,
-                spoken=self._spoken(sampling),
+                spoken=_spoken(self._decode, sampling),
             )
             for rows in plan_waves(requests, limits, max_rows=max_rows):
                 if not self._is_aborted:
@@ -297,13 +297,6 @@ class LocalEngine:
                     drawn |= found
                     self.peak_cache_bytes = max(self.peak_cache_bytes, held)
         return drawn
-
-    def _spoken(self, sampling: Sampling) -> Spoken | None:
-        """How to see that rows have just completed a stop string; None if there are none."""
-        if not sampling.stop:
-            return None
-        stop, decode = sampling.stop, self._decode
-        return lambda rows: [ends_in_stop(row, stop=stop, decode=decode) for row in rows]
 
     def _complete(
         self, drawn: Mapping[Row, Drawn], request: Request, row: Row, sampling: Sampling
@@ -320,3 +313,10 @@ class LocalEngine:
         )
         self.activations.add(request.tokens, made.tokens, found.kept)
         return replace(made, finish="abort") if found.aborted else made
+
+
+def _spoken(decode: Decode, sampling: Sampling) -> Spoken | None:
+    """How to see that rows have just completed a stop string; None if there are none."""
+    if not sampling.stop:
+        return None
+    return lambda rows: [ends_in_stop(row, stop=sampling.stop, decode=decode) for row in rows]
