@@ -90,14 +90,14 @@ class Narrow:
 
     def __init__(self, policy: Policy, most_rows: int) -> None:
         self.failed = 0
-        self._score = policy._score
+        self._whole = policy._own
         self._most = most_rows
 
-    def __call__(self, model, prompts, tokens, length, **options):
+    def __call__(self, prompts, tokens, length, **options):
         if len(prompts) > self._most:
             self.failed += 1
             raise RuntimeError(FULL)
-        return self._score(model, prompts, tokens, length, **options)
+        return self._whole(prompts, tokens, length, **options)
 
 
 @pytest.mark.parametrize("fails_in", ["forward", "backward"])
@@ -110,7 +110,7 @@ def test_the_gradient_is_that_of_a_machine_with_memory(tiny_folder, monkeypatch,
         targets = targets_of(policy, objective, batch, settings)
         step = OptimizerStep(policy, objective, targets, objective.coefficients, settings)
         if fails_in == "forward":
-            monkeypatch.setattr(policy, "_score", Narrow(policy, most))
+            monkeypatch.setattr(policy, "_own", Narrow(policy, most))
         elif most == 5:
             backward, calls = policy.backward, []
 
@@ -136,7 +136,7 @@ def test_no_grad_passes_and_later_steps_know_the_limit(tiny_folder, monkeypatch)
     policy = policy_of(wide_model(tiny_folder))
     whole = gather_evidence(policy, objective, batch, settings).old_logp
     narrow = Narrow(policy, 5)
-    monkeypatch.setattr(policy, "_score", narrow)
+    monkeypatch.setattr(policy, "_own", narrow)
     fitting = Fitting("train.tokens_per_microbatch")
     cut = gather_evidence(policy, objective, batch, settings, fitting=fitting).old_logp
     assert torch.allclose(cut, whole, rtol=0, atol=1e-13)
