@@ -39,7 +39,7 @@ from gruppo.engine.local.store import Store
 from gruppo.engine.local.waves import Waves
 from gruppo.memory import Fitting
 from gruppo.model.activations import Activations
-from gruppo.model.decoder import find_decoder
+from gruppo.model.decoder import Decoder, find_decoder
 from gruppo.model.parts import context_length, text_config
 from gruppo.model.products import Products, choosing
 from gruppo.types import Completion, Request, Sampling
@@ -136,10 +136,7 @@ class LocalEngine:
         decoder = find_decoder(self._open()) if self._can_fuse else None
         if decoder is None or self._products != "native":
             return False
-        # the kernels read numbers in pairs
-        groups = [group for layer in decoder.layers for group in layer.joints]
-        is_even = all(group[0].in_features % 2 == 0 for group in groups)
-        return is_even and native.can_multiply(self._compute_dtype)
+        return native.can_multiply(self._compute_dtype) and _is_even(decoder)
 
     @property
     def version(self) -> int:
@@ -313,6 +310,12 @@ class LocalEngine:
         )
         self.activations.add(request.tokens, made.tokens, found.kept)
         return replace(made, finish="abort") if found.aborted else made
+
+
+def _is_even(decoder: Decoder) -> bool:
+    """Whether the kernels, which read numbers in pairs, can read all rows of the layers."""
+    groups = [group for layer in decoder.layers for group in layer.joints]
+    return all(group[0].in_features % 2 == 0 for group in groups)
 
 
 def _spoken(decode: Decode, sampling: Sampling) -> Spoken | None:
